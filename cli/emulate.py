@@ -1,0 +1,51 @@
+"""`frostline emulate`: a whole fleet on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+QUICKSTART = Path("examples/quickstart.toml")
+
+
+def emulate(
+    config: Annotated[
+        Path, typer.Option(help="TOML file that describes the run and its fleet.")
+    ] = QUICKSTART,
+    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<config>-<time>.")] = None,
+    broker: Annotated[
+        str | None, typer.Option(help="Use this broker in place of one started just for the run.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Training processes. Default: one a core.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
+) -> None:
+    """Emulate a fleet: a broker, a server and virtual devices on this machine, over real MQTT connections.
+
+    The virtual devices run the code of real ones and train with the same artifacts. Nothing needs to be set up: the
+    broker is mosquitto if it is installed, else the NATS server that came with the installation.
+    """
+    from frostline.cli.progress import TerminalObserver, print_summary
+    from frostline.cli.serve import default_folder
+    from frostline.emulator.broker import EmbeddedBroker
+    from frostline.emulator.emulation import default_workers
+    from frostline.emulator.emulation import emulate as emulate_fleet
+    from frostline.server.assembly import assemble, broker_address
+    from frostline.server.config import load_config
+
+    settings, text = load_config(config)
+    with contextlib.ExitStack() as stack:
+        url = broker
+        if url is None:
+            embedded = stack.enter_context(EmbeddedBroker())
+            url = embedded.url
+        address = broker_address(settings, url)
+        observer = stack.enter_context(TerminalObserver())
+        run = assemble(settings, text, out or default_folder(config), address, observer, resume=False)
+        summary = asyncio.run(emulate_fleet(run, address, workers or default_workers()))
+    print_summary(summary, run.folder, as_json=as_json)

@@ -1,0 +1,95 @@
+"""How a run looks in a terminal: a bar for the block being trained, a line for every round, a table at the end."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from frostline.protocol.sizes import format_size
+from frostline.server.coordinator import RunObserver
+from frostline.server.records import RoundRecord, RunSummary, StageRecord
+from frostline.server.report import format_duration, format_percent
+from frostline.server.run_folder import RunFolder
+
+
+class TerminalObserver(RunObserver):
+    """Shows a run on stderr; a context manager, since a progress bar has to be put away."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("starting", total=None, detail="")
+
+    def __enter__(self) -> TerminalObserver:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_note(self, text: str) -> None:
+        """Show it as what is going on right now, and keep it."""
+        self._progress.update(self._task, description=text)
+        self.console.print(f"[dim]{text}[/dim]", highlight=False, soft_wrap=True)
+
+    def on_stage(self, stage: StageRecord, stages: int) -> None:
+        """Begin a stage's bar."""
+        self._progress.update(
+            self._task,
+            description=f"block {stage.stage + 1}/{stages} {stage.name}",
+            completed=stage.stage,
+            total=stages,
+            detail=f"{format_size(stage.planned_bytes)} a device",
+        )
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Print a round's line."""
+        movement = "" if record.effective_movement is None else f"  movement {record.effective_movement:.2f}"
+        accuracy = "" if record.accuracy is None else f"  accuracy {format_percent(record.accuracy)}"
+        self.console.print(
+            f"round {record.round + 1:3d}  block {record.stage + 1}  loss {record.loss:.3f}{accuracy}{movement}"
+            f"  {record.devices_finished}/{record.devices_selected} devices  {record.seconds:.1f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if record.frozen:
+            self.console.print(
+                f"[bold cyan]block {record.stage + 1} frozen[/bold cyan]", highlight=False, soft_wrap=True
+            )
+            self._progress.update(self._task, completed=record.stage + 1)
+
+
+def print_summary(summary: RunSummary, folder: RunFolder, *, as_json: bool) -> None:
+    """Print how a run ended, as a table or as JSON, on stdout."""
+    if as_json:
+        typer.echo(json.dumps({**summary.model_dump(), "folder": str(folder.path)}, indent=2))
+        return
+    saved = 1 - summary.peak_planned_bytes / summary.full_model_planned_bytes
+    peak, whole = format_size(summary.peak_planned_bytes), format_size(summary.full_model_planned_bytes)
+    table = Table(title="Frostline run", show_header=False)
+    table.add_row("accuracy", format_percent(summary.accuracy))
+    table.add_row("blocks frozen by the pace controller", f"{summary.blocks_frozen} of {summary.blocks}")
+    table.add_row("rounds", str(summary.rounds))
+    table.add_row(
+        "peak memory on a device", f"{peak} ({format_percent(saved)} less than the whole model's {whole})"
+    )
+    table.add_row("sent to devices", format_size(summary.bytes_down))
+    table.add_row("received from devices", format_size(summary.bytes_up))
+    table.add_row("training time", format_duration(summary.seconds))
+    table.add_row("report", str(folder.report_path))
+    table.add_row("model", f"{folder.model_path.name}, {folder.eval_program_path.name}")
+    Console().print(table)

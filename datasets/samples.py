@@ -1,0 +1,129 @@
+"""Labelled samples in memory: what a device trains on and what the server evaluates with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frostline.protocol.errors import UsageError
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+# Generated equality would compare the arrays element by element and fail; `fingerprint` compares contents.
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs with one class label each.
+
+    Parameters
+    ----------
+    x : ndarray of float32, shape (samples, *features)
+        Inputs, already scaled the way the model expects them. NaN and infinity are let through.
+    y : ndarray of int64, shape (samples,)
+        Labels, each in ``0 .. classes - 1``.
+    classes : int
+        Number of classes of the task, which may exceed the number of labels that occur here.
+
+    Raises
+    ------
+    UsageError
+        A dtype or shape differs from the above, there are no samples, or a label is out of range.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+    classes: int
+
+    def __post_init__(self) -> None:
+        self._check_arrays()
+        self._check_labels()
+
+    def _check_arrays(self) -> None:
+        if self.x.dtype != np.float32:
+            raise UsageError(f"samples: x is {self.x.dtype}; convert it to float32")
+        if self.y.dtype != np.int64:
+            raise UsageError(f"samples: y is {self.y.dtype}; convert it to int64")
+        if self.x.ndim < 1 or self.y.ndim != 1:
+            raise UsageError(
+                f"samples: x has shape {self.x.shape} and y has shape {self.y.shape}; "
+                "give x as (samples, *features) and y as (samples,)"
+            )
+        if len(self.x) != len(self.y):
+            raise UsageError(
+                f"samples: x holds {len(self.x)} samples but y holds {len(self.y)} labels; "
+                "give one label per sample"
+            )
+        if len(self.y) == 0:
+            raise UsageError("samples: x and y are empty; give at least one sample")
+
+    def _check_labels(self) -> None:
+        if self.classes < 1:
+            raise UsageError(f"samples: classes is {self.classes}; give at least 1")
+        lowest, highest = int(self.y.min()), int(self.y.max())
+        if lowest < 0 or highest >= self.classes:
+            raise UsageError(
+                f"samples: y has labels {lowest}..{highest} but there are {self.classes} classes; "
+                f"use labels 0..{self.classes - 1} or raise classes"
+            )
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def class_counts(self) -> list[int]:
+        """Count the samples of each class.
+
+        Returns
+        -------
+        list of int, length `classes`
+            Entry ``c`` is the number of samples labelled ``c``.
+        """
+        return [int(count) for count in np.bincount(self.y, minlength=self.classes)]
+
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Samples:
+        """Copy the samples at the given positions, in that order; a position may be repeated.
+
+        Parameters
+        ----------
+        indices : sequence of int or ndarray of int64, shape (taken,)
+            Positions in ``0 .. len(self) - 1``.
+
+        Returns
+        -------
+        Samples
+            The taken samples, with the same `classes`.
+
+        Raises
+        ------
+        UsageError
+            No position is given, or one is out of range.
+        """
+        positions = np.asarray(indices, dtype=np.int64)
+        if positions.ndim != 1 or len(positions) == 0:
+            raise UsageError(
+                f"samples: indices have shape {positions.shape}; give a list of at least one position"
+            )
+        if int(positions.min()) < 0 or int(positions.max()) >= len(self):
+            raise UsageError(
+                f"samples: indices span {positions.min()}..{positions.max()} but there are {len(self)} samples; "
+                f"use 0..{len(self) - 1}"
+            )
+        return Samples(x=self.x[positions], y=self.y[positions], classes=self.classes)
+
+    def fingerprint(self) -> str:
+        """Digest the contents, so that two runs can show that they used the same samples.
+
+        Returns
+        -------
+        str
+            SHA-256 in hexadecimal over `classes`, the shapes and the little-endian bytes of `x` and `y`.
+        """
+        digest = hashlib.sha256(f"classes={self.classes} x={self.x.shape} y={self.y.shape}\n".encode())
+        digest.update(np.ascontiguousarray(self.x, dtype="<f4").reshape(-1).data)
+        digest.update(np.ascontiguousarray(self.y, dtype="<i8").data)
+        return digest.hexdigest()

@@ -1,0 +1,251 @@
+"""The agent: what a phone's stand-in, a board or a virtual device does between connecting and leaving.
+
+Its states, drawn in docs/agent.md: idle, fetching, training, sending. One lease is worked on at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.metadata
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from frostline.datasets.samples import Samples
+from frostline.device_runtime.engine import available_engines
+from frostline.device_runtime.fetching import ContentFetcher
+from frostline.device_runtime.outbox import Outbox
+from frostline.device_runtime.training import TrainingTask
+from frostline.device_runtime.worker import Workers
+from frostline.protocol.blobs import BlobStore, index_of
+from frostline.protocol.connection import BrokerAddress, Connection, Will
+from frostline.protocol.errors import FrostlineError, ProtocolViolation, RunError
+from frostline.protocol.manifest import StageManifest, decode_manifest
+from frostline.protocol.messages import (
+    Answer,
+    Lease,
+    Presence,
+    Receipt,
+    RunAnnouncement,
+    TrainingMetrics,
+    UpdateOffer,
+    decode,
+)
+from frostline.protocol.topics import Topics, checked_name
+
+State = Literal["idle", "fetching", "training", "sending"]
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """What a device is.
+
+    Attributes
+    ----------
+    name : str
+        Unique in the fleet.
+    data : str
+        Name or folder of its samples.
+    memory_bytes : int
+        Planned bytes of training it will hold; larger stages are refused.
+    state_folder : Path
+        Downloads, cached features and the outbox; one a device.
+    leave_when_finished : bool
+        Return from `Agent.run` once the run is over, in place of waiting for the next.
+    """
+
+    name: str
+    data: str
+    memory_bytes: int
+    state_folder: Path
+    leave_when_finished: bool = False
+
+
+class Agent:
+    """One device of a fleet.
+
+    Parameters
+    ----------
+    samples : Samples
+        The device's samples; only their number, shape and class counts are looked at here.
+    workers : Workers
+        Where training runs; agents in one process may share it.
+    notify : callable
+        Told of every change of state, with a line for a person.
+    """
+
+    def __init__(
+        self,
+        settings: DeviceSettings,
+        address: BrokerAddress,
+        topics: Topics,
+        samples: Samples,
+        workers: Workers,
+        notify: Callable[[State, str], None] = lambda state, text: None,
+    ) -> None:
+        name = checked_name(settings.name, "device name")
+        self._settings = settings
+        self._topics = topics
+        self._workers = workers
+        self._notify = notify
+        self._presence = Presence(
+            device=name,
+            session=uuid.uuid4().hex,
+            state="online",
+            memory_bytes=settings.memory_bytes,
+            engines=available_engines(),
+            samples=len(samples),
+            software=importlib.metadata.version("frostline"),
+        )
+        self._class_counts = samples.class_counts()
+        farewell = self._presence.model_copy(update={"state": "offline"})
+        self._farewell = farewell.encode()
+        self._connection = Connection(
+            address, f"frostline-{topics.fleet}-{name}", Will(topics.presence(name), self._farewell)
+        )
+        self._store = BlobStore(settings.state_folder / "blobs")
+        self._fetcher = ContentFetcher(self._connection, topics, name, self._store)
+        self._outbox = Outbox(self._connection, topics, name, settings.state_folder / "outbox")
+        self._run: RunAnnouncement | None = None
+        self._work: asyncio.Queue[Lease | None] = asyncio.Queue()
+        self._current = ""
+
+    async def run(self) -> None:
+        """Serve leases until cancelled, or until the run is over if the settings say so.
+
+        Raises
+        ------
+        BrokerUnreachable
+            If the first connection fails.
+        """
+        name = self._settings.name
+        self._connection.on_message = self._on_message
+        self._connection.on_connected = self._announce
+        for topic in (self._topics.run, self._topics.lease(name), self._topics.receipt(name)):
+            self._connection.subscribe(topic)
+        await self._connection.open()
+        self._notify("idle", "connected")
+        try:
+            for offer in self._outbox.pending():
+                await self._send(offer)
+            while (lease := await self._work.get()) is not None:
+                await self._serve(lease)
+        finally:
+            self._connection.publish(self._topics.presence(name), self._farewell, retain=True)
+            await self._connection.close()
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        name = self._settings.name
+        try:
+            if topic == self._topics.run:
+                self._on_run(decode(RunAnnouncement, payload))
+            elif topic == self._topics.lease(name):
+                self._on_lease(decode(Lease, payload))
+            elif topic == self._topics.receipt(name):
+                self._outbox.receive(decode(Receipt, payload))
+            else:
+                self._fetcher.deliver(topic, payload)
+        except ProtocolViolation as error:
+            self._notify("idle", f"ignored a message on {topic}: {error}")
+
+    def _on_run(self, run: RunAnnouncement) -> None:
+        self._run = run
+        if run.state == "open":
+            self._announce()
+        elif self._settings.leave_when_finished:
+            self._work.put_nowait(None)
+
+    def _on_lease(self, lease: Lease) -> None:
+        # The server repeats a lease to a device that came back; the one being worked on needs no second copy.
+        if lease.lease != self._current:
+            self._current = lease.lease
+            self._work.put_nowait(lease)
+
+    def _announce(self) -> None:
+        asked = self._run is not None and self._run.asks_class_counts
+        presence = self._presence.model_copy(update={"class_counts": self._class_counts if asked else None})
+        self._connection.publish(self._topics.presence(self._settings.name), presence.encode(), retain=True)
+
+    async def _serve(self, lease: Lease) -> None:
+        """Work through one lease; whatever goes wrong ends the lease, never the agent."""
+        try:
+            async with asyncio.timeout(lease.deadline_seconds):
+                offer = await self._train(lease)
+        except _Refused as refusal:
+            self._answer(lease, "refused", str(refusal))
+        except TimeoutError:
+            self._answer(lease, "failed", "the lease's deadline passed")
+        except FrostlineError as error:
+            self._answer(lease, "failed", str(error))
+        except ExceptionGroup as group:
+            self._answer(lease, "failed", str(group.exceptions[0]))
+        except OSError as error:
+            self._answer(lease, "failed", f"this device's storage: {error}")
+        else:
+            await self._send(offer)
+        self._notify("idle", "waiting for work")
+
+    async def _train(self, lease: Lease) -> UpdateOffer:
+        run = self._run
+        if run is None or run.run != lease.run:
+            raise _Refused("the lease belongs to another run than the one announced")
+        self._notify("fetching", f"round {lease.round}: fetching")
+        await self._fetcher.fetch(lease.manifest, run.chunk_size)
+        manifest = decode_manifest(self._store.read(lease.manifest), "received manifest")
+        self._admit(manifest)
+        self._answer(lease, "accepted")
+        for reference in [*manifest.files, lease.weights]:
+            await self._fetcher.fetch(reference, run.chunk_size)
+        self._notify("training", f"round {lease.round}: training {manifest.name}")
+        update_path = self._outbox.content_path(lease.lease)
+        task = TrainingTask(
+            data=self._settings.data,
+            state_folder=self._settings.state_folder,
+            update_path=update_path,
+            manifest=lease.manifest,
+            weights=lease.weights,
+            epochs=lease.epochs,
+            learning_rate=lease.learning_rate,
+            seed=lease.seed,
+            evaluate=lease.evaluate,
+        )
+        metrics = await self._workers.train(task)
+        self._store.remove(lease.weights)
+        return self._offer(lease, update_path, metrics, run.chunk_size)
+
+    def _admit(self, manifest: StageManifest) -> None:
+        """The device's own check: the planned bytes are known before a program is fetched."""
+        planned, budget = manifest.planned.total, self._settings.memory_bytes
+        if manifest.engine not in self._presence.engines:
+            raise _Refused(f"engine {manifest.engine!r} is not installed here")
+        if planned > budget:
+            raise _Refused(f"stage {manifest.name!r} needs {planned} bytes, this device's budget is {budget}")
+
+    def _offer(self, lease: Lease, path: Path, metrics: TrainingMetrics, chunk_size: int) -> UpdateOffer:
+        index = index_of(path.read_bytes(), chunk_size)
+        identity = f"{lease.run} {lease.lease} {self._settings.name} {index.sha256}"
+        update = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        offer = UpdateOffer(update=update, lease=lease.lease, content=index, metrics=metrics)
+        self._outbox.add(offer)
+        return offer
+
+    async def _send(self, offer: UpdateOffer) -> None:
+        self._notify("sending", f"sending {offer.content.size} bytes")
+        receipt = await self._outbox.send(offer)
+        if receipt.state == "rejected":
+            self._notify("idle", f"update rejected: {receipt.reason}")
+
+    def _answer(
+        self, lease: Lease, answer: Literal["accepted", "refused", "failed"], reason: str = ""
+    ) -> None:
+        message = Answer(lease=lease.lease, answer=answer, reason=reason[:500])
+        self._connection.publish(self._topics.answer(self._settings.name), message.encode())
+        if answer != "accepted":
+            self._notify("idle", f"{answer}: {reason}")
+
+
+class _Refused(RunError):
+    """This device will not take the lease."""

@@ -1,0 +1,69 @@
+"""What a training runtime must offer. Engines are imported only when an artifact asks for them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Protocol
+
+from frostline.protocol.blobs import BlobStore
+from frostline.protocol.errors import UsageError
+from frostline.protocol.manifest import Program, StageManifest
+from frostline.protocol.messages import Engine
+from frostline.protocol.tensors import Array
+
+
+class TrainingSession(Protocol):
+    """A stage loaded for training; its state lives in memory the session owns."""
+
+    def load(self, tensors: Mapping[str, Array]) -> None:
+        """Set parameters and statistics by name and reset the optimizer's state."""
+
+    def step(self, x: Array, y: Array, learning_rate: float) -> tuple[float, int]:
+        """Train on one batch, `x` (batch, *input_shape) float32 and `y` (batch,) int64: loss and right answers."""
+
+    def evaluate(self, x: Array) -> Array:
+        """Logits (batch, classes) float32 of one batch, with the present state."""
+
+    def trained(self) -> dict[str, Array]:
+        """The parameters and statistics by name; views of the session's memory."""
+
+
+class PrefixSession(Protocol):
+    """A frozen block loaded for one pass over the samples."""
+
+    def run(self, x: Array) -> Array:
+        """Features of one batch, in the shape the manifest declares."""
+
+
+class Runtime(Protocol):
+    """A runtime that executes artifacts."""
+
+    def open_stage(self, manifest: StageManifest, store: BlobStore) -> TrainingSession:
+        """Load a stage's programs from `store`."""
+
+    def open_prefix(self, program: Program, store: BlobStore) -> PrefixSession:
+        """Load a frozen block's program from `store`."""
+
+
+def available_engines() -> list[Engine]:
+    """The engines whose packages are installed here; nothing is imported."""
+    installed = importlib.util.find_spec("executorch") and importlib.util.find_spec("torch")
+    return ["executorch"] if installed else []
+
+
+def open_runtime(engine: Engine) -> Runtime:
+    """Import and return the runtime of `engine`.
+
+    Raises
+    ------
+    UsageError
+        If it is not installed, naming the extra that brings it.
+    """
+    if engine not in available_engines():
+        raise UsageError(
+            f"engine {engine!r} is not installed on this device: pip install 'frostline[{engine}]'"
+        )
+    from frostline.device_runtime.executorch_engine import ExecuTorchRuntime
+
+    return ExecuTorchRuntime()

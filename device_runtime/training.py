@@ -1,0 +1,131 @@
+"""Training one lease: the part of the agent that runs in a worker process, away from the network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from frostline.datasets.load import load_samples
+from frostline.datasets.samples import Samples
+from frostline.device_runtime.engine import TrainingSession, open_runtime
+from frostline.device_runtime.feature_cache import FeatureCache
+from frostline.protocol.blobs import BlobStore, write_atomically
+from frostline.protocol.errors import RunError
+from frostline.protocol.manifest import StageManifest, decode_manifest
+from frostline.protocol.messages import BlobReference, TrainingMetrics
+from frostline.protocol.tensors import Array, decode_tensors, encode_tensors
+
+HELD_OUT_EVERY = 10
+"""When a run evaluates on devices, every tenth sample is kept out of training."""
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """Everything a worker needs, in values that travel between processes.
+
+    Attributes
+    ----------
+    data : str
+        Name or folder of the device's samples.
+    state_folder : Path
+        The device's folder: downloaded content and cached features.
+    update_path : Path
+        Where the update is written, whole or not at all.
+    """
+
+    data: str
+    state_folder: Path
+    update_path: Path
+    manifest: BlobReference
+    weights: BlobReference
+    epochs: int
+    learning_rate: float
+    seed: int
+    evaluate: bool
+
+
+def train(task: TrainingTask) -> TrainingMetrics:
+    """Train a stage for the task's epochs and write the update: new minus received values, float32.
+
+    Raises
+    ------
+    FrostlineError
+        If the artifact is corrupted, does not fit the samples, or cannot be executed; or if the loss is not finite.
+    """
+    started = time.perf_counter()
+    store = BlobStore(task.state_folder / "blobs")
+    manifest = decode_manifest(store.read(task.manifest), "received manifest")
+    samples = _samples(task.data)
+    _check_fit(samples, manifest)
+    runtime = open_runtime(manifest.engine)
+    cache = FeatureCache(task.state_folder / "features")
+    features = cache.features(samples.x, samples.fingerprint(), manifest, runtime, store)
+    received = decode_tensors(store.read(task.weights), manifest.trained, "received weights")
+    session = runtime.open_stage(manifest, store)
+    session.load(received)
+
+    held_out = np.arange(len(samples)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    held_out &= task.evaluate
+    evaluated = np.flatnonzero(held_out)
+    correct = _count_correct(session, features, samples.y, evaluated, manifest.batch)
+    chosen = np.flatnonzero(~held_out)
+    losses = []
+    for batch in _batches(chosen, manifest.batch, task.epochs, task.seed):
+        loss, _ = session.step(np.ascontiguousarray(features[batch]), samples.y[batch], task.learning_rate)
+        losses.append(loss)
+    if not np.isfinite(losses).all():
+        raise RunError(f"the loss is not finite after {len(losses)} steps; lower the run's learning rate")
+    update = {name: value - received[name] for name, value in session.trained().items()}
+    write_atomically(task.update_path, encode_tensors(update))
+    return TrainingMetrics(
+        samples=len(chosen),
+        steps=len(losses),
+        loss=float(np.mean(losses)),
+        seconds=time.perf_counter() - started,
+        evaluated=len(evaluated),
+        correct=correct,
+    )
+
+
+@lru_cache(maxsize=1)
+def _samples(source: str) -> Samples:
+    return load_samples(source, "train")
+
+
+def _check_fit(samples: Samples, manifest: StageManifest) -> None:
+    if samples.x.shape[1:] != manifest.sample_shape:
+        raise RunError(
+            f"this device's samples have shape {list(samples.x.shape[1:])}, "
+            f"the model takes {list(manifest.sample_shape)}"
+        )
+    if samples.classes > manifest.classes:
+        raise RunError(f"this device's samples have {samples.classes} classes, the model {manifest.classes}")
+
+
+def _batches(chosen: Array, batch: int, epochs: int, seed: int) -> Iterator[Array]:
+    """Shuffled batches of exactly `batch` indices.
+
+    What is left over at the end of an epoch opens the next one; a device with fewer samples than a batch repeats
+    some, since the program's batch is fixed.
+    """
+    random = np.random.default_rng(seed)
+    order = np.concatenate([random.permutation(chosen) for _ in range(epochs)])
+    if len(order) < batch:
+        order = np.resize(order, batch)
+    for start in range(0, len(order) - batch + 1, batch):
+        yield order[start : start + batch]
+
+
+def _count_correct(session: TrainingSession, features: Array, y: Array, chosen: Array, batch: int) -> int:
+    correct = 0
+    for start in range(0, len(chosen), batch):
+        rows = chosen[start : start + batch]
+        # The program's batch is fixed: the last one is filled up by repeating, and only its own rows are counted.
+        logits = session.evaluate(np.ascontiguousarray(features[np.resize(rows, batch)]))
+        correct += int((logits[: len(rows)].argmax(1) == y[rows]).sum())
+    return correct

@@ -1,0 +1,69 @@
+"""Worker processes that train, so that neither a long step nor a crash of the runtime reaches the network."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+
+from frostline.device_runtime.training import TrainingTask, train
+from frostline.protocol.errors import RunError
+from frostline.protocol.messages import TrainingMetrics
+
+
+class Workers:
+    """A pool of training processes, shared by every agent of this process and restarted when one dies."""
+
+    def __init__(self, count: int = 1) -> None:
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def train(self, task: TrainingTask) -> TrainingMetrics:
+        """Train `task` in a worker process.
+
+        Raises
+        ------
+        RunError
+            If the process died, as it does when the system runs out of memory.
+        FrostlineError
+            Whatever `train` raised.
+        """
+        pool = self._pool
+        if pool is None:
+            context = multiprocessing.get_context("spawn")
+            pool = self._pool = ProcessPoolExecutor(self._count, context, initializer=_prepare)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, train, task)
+        except BrokenProcessPool:
+            if self._pool is pool:
+                self._pool = None
+                pool.shutdown(wait=False)
+            raise RunError("the training process died, as when memory runs out") from None
+
+
+def _prepare() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """A killed agent must not leave its worker behind, training for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

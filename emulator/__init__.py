@@ -1,0 +1,1 @@
+"""A fleet on one desktop: a broker, a server and virtual devices over real MQTT connections."""

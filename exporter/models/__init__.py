@@ -1,0 +1,1 @@
+"""Built-in models and the lookup of a user's own."""

@@ -1,0 +1,141 @@
+"""Builds what stands in for the rest of the model while one block is trained.
+
+Each block that follows is imitated by a single convolution, after which comes the model's own head. This is the output
+module of ProFL (Wu et al., "Breaking the Memory Wall for Heterogeneous Federated Learning via Progressive Training",
+KDD 2025, arXiv 2404.13349) and NeuLite (Wu et al., "NeuLite: Memory-Efficient Federated Learning via Elastic
+Progressive Training", arXiv 2408.10826): one 3×3 stride-2 convolution, without normalisation or activation, takes a
+block's place. Here the stride is the one that gives the block's own output shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from frostline.exporter.cutting import Block, CutModel
+from frostline.protocol.errors import UsageError
+
+KERNEL = 3
+
+CONVOLUTIONS: dict[int, Callable[..., nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+"""The convolution for each number of spatial dimensions."""
+
+
+class OutputModule(nn.Module):
+    """The stand-ins of the blocks after the trained one, in order, and a copy of the head.
+
+    Parameters
+    ----------
+    stand_ins
+        One layer for each block left, by the block's index; registered as ``stand_in_<index>``.
+    head
+        Registered as ``head``, so its tensors keep the model's names behind ``head.``.
+    """
+
+    def __init__(self, stand_ins: dict[int, nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.stand_in_names = tuple(f"stand_in_{index}" for index in sorted(stand_ins))
+        for index, stand_in in stand_ins.items():
+            self.add_module(f"stand_in_{index}", stand_in)
+        self.head = head
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return what the model's head makes of ``features``, the trained block's output with the batch first."""
+        for name in self.stand_in_names:
+            features = self.get_submodule(name)(features)
+        outputs: torch.Tensor = self.head(features)
+        return outputs
+
+
+def build_output_module(cut: CutModel, stage: int, seed: int) -> OutputModule:
+    """Build the output module for the stage that trains block ``stage``.
+
+    Parameters
+    ----------
+    cut
+        The model.
+    stage
+        Index of the trained block, from 0; at the last one the module is the head alone.
+    seed
+        Seed of the stand-ins' weights. The stand-in of one block starts with the same weights at every stage; torch's
+        global generator is left as it is.
+
+    Returns
+    -------
+    OutputModule
+        In training mode, on the device and in the dtype of the blocks; it shares no tensor with the model.
+
+    Raises
+    ------
+    UsageError
+        There is no such stage, or one convolution cannot turn a later block's input into its output.
+    """
+    if not 0 <= stage < len(cut.blocks):
+        raise UsageError(
+            f"stage {stage} does not exist: the model has {len(cut.blocks)} blocks, so stages 0 to {len(cut.blocks) - 1}"
+        )
+    stand_ins: dict[int, nn.Module] = {
+        index: _stand_in(cut.blocks[index], seed + index) for index in range(stage + 1, len(cut.blocks))
+    }
+    module = OutputModule(stand_ins, copy.deepcopy(cut.head))
+    return module.train()
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How one axis of the features is strided and padded."""
+
+    stride: int
+    padding: int
+
+
+def _stand_in(block: Block, seed: int) -> nn.Module:
+    incoming, outgoing = block.input_shape, block.output_shape
+    convolution = CONVOLUTIONS.get(len(incoming) - 1)
+    if convolution is None or len(incoming) != len(outgoing):
+        raise _cannot_imitate(
+            block, "they need to be (channels, length) or (channels, height, width) on both sides"
+        )
+    axes = [_reach(*lengths) for lengths in zip(incoming[1:], outgoing[1:], strict=True)]
+    reached = [axis for axis in axes if axis is not None]
+    if len(reached) != len(axes):
+        raise _cannot_imitate(block, "no stride gives that height and width")
+    # Constructing a layer draws weights from the global generator, which belongs to the caller.
+    with torch.random.fork_rng(devices=[]):
+        layer = convolution(
+            incoming[0],
+            outgoing[0],
+            KERNEL,
+            stride=tuple(axis.stride for axis in reached),
+            padding=tuple(axis.padding for axis in reached),
+            bias=False,
+        )
+    # Fan-in scaling with gain 1 keeps the features' variance through a chain of layers without activations.
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="linear", generator=generator)
+    return layer.to(next(block.module.parameters()))
+
+
+def _reach(incoming: int, outgoing: int) -> _Reach | None:
+    """Find the smallest stride that takes an axis of ``incoming`` elements to exactly ``outgoing``, if one does.
+
+    The output length of a convolution is floor((incoming + 2 padding - kernel) / stride) + 1. Padding 1 is tried
+    first; without padding the lengths that unpadded pooling leaves of odd sizes, such as 4 of 9, come out too.
+    """
+    for padding in (1, 0):
+        span = incoming + 2 * padding - KERNEL
+        for stride in range(1, incoming + 1):
+            if span >= 0 and span // stride + 1 == outgoing:
+                return _Reach(stride, padding)
+    return None
+
+
+def _cannot_imitate(block: Block, reason: str) -> UsageError:
+    return UsageError(
+        f"block {block.name!r} turns features of shape {list(block.input_shape)} into {list(block.output_shape)}, which "
+        f"no single convolution imitates: {reason}; cut the model elsewhere"
+    )

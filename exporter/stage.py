@@ -1,0 +1,88 @@
+"""A stage: the active block with the output module that stands in for the rest of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from frostline.exporter.cutting import CutModel
+from frostline.exporter.output_module import OutputModule, build_output_module
+
+
+class StageModel(nn.Module):
+    """Maps a stage's input features to logits: `block`, then `output_module`."""
+
+    def __init__(self, block: nn.Module, output_module: OutputModule) -> None:
+        super().__init__()
+        self.block = block
+        self.output_module = output_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, *input_shape) to logits (N, classes)."""
+        logits: Tensor = self.output_module(self.block(x))
+        return logits
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a cut model, ready to be traced.
+
+    Attributes
+    ----------
+    index : int
+        Position of the active block, from 0.
+    count : int
+        How many stages the model has.
+    name : str
+        The active block's name.
+    model : StageModel
+        The active block and its output module.
+    input_shape : tuple of int
+        Shape of one sample of the stage's input, without the batch axis.
+    """
+
+    index: int
+    count: int
+    name: str
+    model: StageModel
+    input_shape: tuple[int, ...]
+
+
+def build_stage(cut: CutModel, index: int, seed: int) -> Stage:
+    """Stage `index` of `cut`; the output module's values come from `seed`."""
+    block = cut.blocks[index]
+    model = StageModel(block.module, build_output_module(cut, index, seed))
+    return Stage(index, len(cut.blocks), block.name, model, block.input_shape)
+
+
+def build_whole_model(cut: CutModel) -> Stage:
+    """Train every block at once: the footprint that stages are compared with."""
+    blocks = nn.Sequential(*(block.module for block in cut.blocks))
+    return Stage(
+        0, 1, "whole model", StageModel(blocks, OutputModule({}, cut.head)), cut.blocks[0].input_shape
+    )
+
+
+def trainable_tensors(stage: Stage) -> dict[str, Tensor]:
+    """Copies of the stage's parameters by name."""
+    return {name: p.detach().clone() for name, p in stage.model.named_parameters()}
+
+
+def statistics_tensors(stage: Stage) -> dict[str, Tensor]:
+    """Copies of the floating-point buffers a step mutates, such as batch norm's running statistics.
+
+    Integer buffers (batch norm's counter of batches) stay behind: no operator of a step reads them.
+    """
+    return {name: b.detach().clone() for name, b in stage.model.named_buffers() if torch.is_floating_point(b)}
+
+
+def load_tensors(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` over the stage's values of the same name; other names are left out."""
+    own = stage.model.state_dict()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if name in own:
+                own[name].copy_(value)

@@ -1,0 +1,1 @@
+"""The wire contract between server and devices: topics, messages, manifests, tensor files and chunks."""

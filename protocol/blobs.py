@@ -1,0 +1,154 @@
+"""Content-addressed files and their chunks on disk.
+
+A file is named by its SHA-256 and is either whole and verified or not there: content is written beside its place,
+flushed and renamed. Chunks of an unfinished file wait in a folder of their own, so a transfer resumes after a restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from frostline.protocol.errors import CorruptContent
+from frostline.protocol.messages import BlobIndex, BlobReference
+
+
+def sha256_of(content: bytes) -> str:
+    """SHA-256 of `content` as 64 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def reference_to(content: bytes) -> BlobReference:
+    """Hash and size of `content`."""
+    return BlobReference(sha256=sha256_of(content), size=len(content))
+
+
+def split_chunks(content: bytes, chunk_size: int) -> Iterator[bytes]:
+    """`content` in pieces of `chunk_size` bytes, the last one shorter."""
+    for start in range(0, len(content), chunk_size):
+        yield content[start : start + chunk_size]
+
+
+def index_of(content: bytes, chunk_size: int) -> BlobIndex:
+    """The index of `content` cut into chunks of `chunk_size` bytes."""
+    chunks = [sha256_of(chunk) for chunk in split_chunks(content, chunk_size)]
+    return BlobIndex(sha256=sha256_of(content), size=len(content), chunk_size=chunk_size, chunks=chunks)
+
+
+def chunk_count(size: int, chunk_size: int) -> int:
+    """How many chunks content of `size` bytes has."""
+    return -(-size // chunk_size)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
+
+
+def _matches(content: bytes, reference: BlobReference) -> bool:
+    return len(content) == reference.size and sha256_of(content) == reference.sha256
+
+
+class BlobStore:
+    """Verified content by hash below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._chunks = folder / "chunks"
+        self._chunks.mkdir(parents=True, exist_ok=True)
+
+    def path(self, reference: BlobReference) -> Path:
+        """Where `reference`'s content is, or would be."""
+        return self._folder / reference.sha256
+
+    def has(self, reference: BlobReference) -> bool:
+        """Whether the whole content is here."""
+        path = self.path(reference)
+        return path.is_file() and path.stat().st_size == reference.size
+
+    def put(self, content: bytes) -> BlobReference:
+        """Store `content`."""
+        reference = reference_to(content)
+        if not self.has(reference):
+            write_atomically(self.path(reference), content)
+        return reference
+
+    def read(self, reference: BlobReference) -> bytes:
+        """Return the content, verified.
+
+        Raises
+        ------
+        CorruptContent
+            If it is missing or does not match its hash; a damaged file is removed so that it can be fetched again.
+        """
+        path = self.path(reference)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise CorruptContent(f"{path}: missing; fetch or export it again") from None
+        if not _matches(content, reference):
+            path.unlink(missing_ok=True)
+            raise CorruptContent(f"{path}: does not match its hash; fetch or export it again")
+        return content
+
+    def missing_chunks(self, index: BlobIndex) -> list[str]:
+        """Hashes of the chunks of `index` that are not here yet, each once, in order."""
+        return [h for h in dict.fromkeys(index.chunks) if not (self._chunks / h).is_file()]
+
+    def put_chunk(self, sha256: str, chunk: bytes) -> None:
+        """Keep a chunk until its file is whole.
+
+        Raises
+        ------
+        CorruptContent
+            If `chunk` does not match `sha256`.
+        """
+        if sha256_of(chunk) != sha256:
+            raise CorruptContent(f"chunk {sha256[:12]} does not match its hash")
+        write_atomically(self._chunks / sha256, chunk)
+
+    def assemble(self, index: BlobIndex) -> Path:
+        """Join the chunks of `index` into its file, verify it and drop the chunks.
+
+        Raises
+        ------
+        CorruptContent
+            If a chunk is missing, or the whole does not match the index's hash or size.
+        """
+        paths = [self._chunks / h for h in index.chunks]
+        try:
+            # Sizes first: an index that names one chunk a thousand times must not fill the memory.
+            fits = sum(path.stat().st_size for path in paths) == index.size
+            content = b"".join(path.read_bytes() for path in paths) if fits else b""
+        except FileNotFoundError:
+            raise CorruptContent(f"content {index.sha256[:12]}: a chunk is missing; fetch it again") from None
+        whole = _matches(content, index)
+        if whole:
+            # Written before the chunks go, so that a full disk or a crash does not undo the transfer.
+            write_atomically(self.path(index), content)
+        for path in set(paths):
+            path.unlink(missing_ok=True)
+        if not whole:
+            raise CorruptContent(
+                f"content {index.sha256[:12]} does not match its hash; it will be fetched again"
+            )
+        return self.path(index)
+
+    def remove(self, reference: BlobReference) -> None:
+        """Drop the content if it is here."""
+        self.path(reference).unlink(missing_ok=True)

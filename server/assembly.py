@@ -1,0 +1,88 @@
+"""Puts a server together from a run's configuration: the one place where its parts meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from frostline.datasets.load import load_samples
+from frostline.datasets.samples import Samples
+from frostline.exporter.artifact import ExportOptions
+from frostline.exporter.cutting import cut
+from frostline.exporter.models.lookup import ModelSpec, build_model
+from frostline.exporter.optimizer import SGD
+from frostline.protocol.connection import BrokerAddress
+from frostline.protocol.errors import UsageError
+from frostline.server.config import RunConfig
+from frostline.server.coordinator import Coordinator, RunObserver
+from frostline.server.run_folder import RunFolder
+from frostline.server.schedule import GrowingSchedule
+
+
+@dataclass
+class Run:
+    """A run that is ready to start."""
+
+    config: RunConfig
+    config_text: str
+    folder: RunFolder
+    schedule: GrowingSchedule
+    address: BrokerAddress
+    observer: RunObserver = field(default_factory=RunObserver)
+
+    def coordinator(self) -> Coordinator:
+        """The server of this run. Call it inside a running event loop."""
+        return Coordinator(
+            self.config, self.config_text, self.folder, self.schedule, self.address, self.observer
+        )
+
+
+def assemble(
+    config: RunConfig,
+    config_text: str,
+    out: Path,
+    address: BrokerAddress,
+    observer: RunObserver,
+    *,
+    resume: bool,
+) -> Run:
+    """Build the model, cut it and open the run's folder.
+
+    Raises
+    ------
+    UsageError
+        If the model, its blocks, the data or the folder do not fit; the folder is touched only when all else does.
+    """
+    test = load_samples(config.data.test, "test") if config.data.test else None
+    spec = _model(config, test)
+    parts = cut(spec.module, config.model.blocks, torch.zeros(2, *spec.input_shape))
+    training = config.training
+    optimizer = SGD(training.momentum, training.weight_decay)
+    options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer)
+    schedule = GrowingSchedule(spec, parts, options, config.run.seed, test)
+    folder = RunFolder.open(out) if resume else RunFolder.create(out)
+    if not resume:
+        folder.write_config(config_text)
+    return Run(config, config_text, folder, schedule, address, observer)
+
+
+def broker_address(config: RunConfig, url: str | None = None) -> BrokerAddress:
+    """The broker of the configuration, or of `url` in its place."""
+    table = config.broker
+    return BrokerAddress.parse(url or table.url, table.ca_file, table.certificate_file, table.key_file)
+
+
+def _model(config: RunConfig, test: Samples | None) -> ModelSpec:
+    shape = tuple(config.model.input_shape) if config.model.input_shape else None
+    classes = config.model.classes
+    if test is not None:
+        found = (test.x.shape[1:], test.classes)
+        if (shape or found[0], classes or found[1]) != found:
+            raise UsageError(
+                f"model.input_shape and model.classes do not fit the samples of data.test = {config.data.test!r}, "
+                f"which have shape {list(found[0])} and {found[1]} classes; leave them out"
+            )
+        shape, classes = found
+    return build_model(config.model.name, config.model.options, shape, classes, config.run.seed)

@@ -1,0 +1,233 @@
+"""The TOML file that describes a run, validated with the line named."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from frostline.protocol.errors import UsageError
+from frostline.protocol.messages import Name
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunTable(_Table):
+    """`[run]`: what the run is called and the seed everything random is drawn from."""
+
+    fleet: Name = "demo"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class ModelTable(_Table):
+    """`[model]`: a built-in name or `package.module:factory`, and where it is cut.
+
+    `input_shape` and `classes` are needed only when the server holds no test data to take them from.
+    """
+
+    name: str
+    options: dict[str, Any] = {}
+    blocks: Annotated[int, Field(ge=1)] | list[str] = 4
+    input_shape: list[int] | None = None
+    classes: Annotated[int, Field(ge=2)] | None = None
+
+
+class DataTable(_Table):
+    """`[data]`: the samples of the run, a built-in name or a folder.
+
+    `train` is split over the devices by the emulator; real devices bring their own. `test` is the server's held-out
+    set; without one, devices evaluate on a tenth of their samples.
+    """
+
+    train: str | None = None
+    test: str | None = None
+
+
+class TrainingTable(_Table):
+    """`[training]`: what a device does with a lease."""
+
+    batch: Annotated[int, Field(ge=1, le=65_536)] = 16
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 1
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class RoundsTable(_Table):
+    """`[rounds]`: how many devices a round takes and how long it waits for them.
+
+    `max_per_stage` is a safety net for a block that never converges; reaching it is reported.
+    """
+
+    devices: Annotated[int, Field(ge=1)] = 8
+    minimum_updates: Annotated[int, Field(ge=1)] = 1
+    deadline_seconds: Annotated[float, Field(gt=0, le=10**6)] = 600.0
+    join_seconds: Annotated[float, Field(gt=0, le=10**6)] = 60.0
+    max_per_stage: Annotated[int, Field(ge=1)] = 200
+
+
+class PaceTable(_Table):
+    """`[pace]`: when a block counts as converged; the figures are explained in `frostline.server.pace`.
+
+    Attributes
+    ----------
+    window : int
+        H: the rounds that effective movement looks back.
+    regression : int
+        Values of it that the line is fitted through.
+    slope : float
+        It is flat when the line rises or falls by no more than this a round.
+    level : float
+        The block wanders when the mean of those values is no higher.
+    creep : float
+        The block creeps when its last step is no longer than this fraction of the longest.
+    patience : int
+        Rounds in a row that must look settled.
+    scalars : int
+        Values watched of a larger block.
+    """
+
+    window: Annotated[int, Field(ge=2, le=100)] = 5
+    regression: Annotated[int, Field(ge=2, le=100)] = 5
+    slope: Annotated[float, Field(gt=0, le=1)] = 0.03
+    level: Annotated[float, Field(ge=0, le=1)] = 0.45
+    creep: Annotated[float, Field(ge=0, le=1)] = 0.1
+    patience: Annotated[int, Field(ge=1)] = 3
+    scalars: Annotated[int, Field(ge=1)] = 10_000
+
+
+class BrokerTable(_Table):
+    """`[broker]`: where the MQTT broker is; mqtts:// for TLS."""
+
+    url: str = "mqtt://127.0.0.1:1883"
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    chunk_size: Annotated[int, Field(ge=1024, le=8 * 2**20)] = 65_536
+
+
+class FleetTable(_Table):
+    """`[fleet]`: the virtual devices of `frostline emulate`; a server with real devices ignores it.
+
+    `memory` is dealt out to the devices in turn: sizes such as "900 kB", or percentages of what training the whole
+    model at once would need, such as "60%".
+    """
+
+    devices: Annotated[int, Field(ge=1, le=10_000)] = 8
+    memory: Annotated[list[str], Field(min_length=1)] = ["100%"]
+    split: Literal["iid", "dirichlet"] = "iid"
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+
+
+class RunConfig(_Table):
+    """A whole run."""
+
+    run: RunTable = RunTable()
+    model: ModelTable
+    data: DataTable = DataTable()
+    training: TrainingTable = TrainingTable()
+    rounds: RoundsTable = RoundsTable()
+    pace: PaceTable = PaceTable()
+    broker: BrokerTable = BrokerTable()
+    fleet: FleetTable = FleetTable()
+
+
+def load_config(path: Path) -> tuple[RunConfig, str]:
+    """Read and validate a run's TOML file; returns it with its text.
+
+    Raises
+    ------
+    UsageError
+        Naming file, line and field, with the likely spelling of an unknown key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    return parse_config(text, str(path)), text
+
+
+def parse_config(text: str, source: str) -> RunConfig:
+    """Validate a run's TOML text; `source` names it in errors.
+
+    Raises
+    ------
+    UsageError
+        As `load_config` does.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source}: not valid TOML: {error}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{source}: a number is too long, or brackets are nested too deeply") from None
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        # A misspelt key is named before the one that is missing because of it.
+        first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+        raise UsageError(_describe(dict(first), text, source)) from None
+
+
+def _describe(error: dict[str, Any], text: str, source: str) -> str:
+    # Choices of a union add their own names behind the keys of the file; they are not in it.
+    keys = [str(part) for part in error["loc"]][:2]
+    line = _line_of(text, keys)
+    where = f"{source}:{line}" if line else source
+    field = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        close = difflib.get_close_matches(keys[-1], known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: unknown key {field!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: {field!r} is missing"
+    return f"{where}: {field} = {_shown(error['input'])}: {error['msg']}"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python prints no number of more than some thousand digits.
+        return "a very long number"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _known_keys(table: list[str]) -> list[str]:
+    if not table:
+        return list(RunConfig.model_fields)
+    field = RunConfig.model_fields.get(table[0])
+    model = field.annotation if field else None
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _line_of(text: str, keys: list[str]) -> int | None:
+    """The line of a key, or of its table where it has none of its own; None where the file has neither."""
+    best: int | None = None
+    matched = 0
+    table: list[str] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        header = re.match(r"\s*\[+([^\]]+)\]+\s*(#.*)?$", line)
+        assignment = re.match(r"([^=#\[]+)=", line)
+        if header:
+            found = table = _key_parts(header.group(1))
+        elif assignment:
+            found = table + _key_parts(assignment.group(1))
+        else:
+            continue
+        common = len(os.path.commonprefix([found, keys]))
+        if common > matched:
+            best, matched = number, common
+    return best
+
+
+def _key_parts(dotted: str) -> list[str]:
+    return [part.strip().strip("\"'") for part in dotted.split(".")]

@@ -1,0 +1,339 @@
+"""The coordinator: drives a run from the first lease to the final model, and resumes one that was cut short."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from frostline.protocol.blobs import BlobStore
+from frostline.protocol.connection import BrokerAddress
+from frostline.protocol.errors import RunError
+from frostline.protocol.manifest import StageManifest
+from frostline.protocol.messages import BlobReference, RunAnnouncement
+from frostline.protocol.tensors import Array, encode_tensors
+from frostline.protocol.topics import Topics
+from frostline.server.aggregation import Aggregator
+from frostline.server.config import RunConfig
+from frostline.server.final_model import write_final_model
+from frostline.server.gateway import Gateway
+from frostline.server.ledger import Ledger
+from frostline.server.pace import PaceController, PaceReading
+from frostline.server.records import RoundRecord, RunSummary, StageRecord
+from frostline.server.report import write_report
+from frostline.server.round import Round, RoundPlan
+from frostline.server.run_folder import RunFolder
+from frostline.server.schedule import GrowingSchedule, PreparedStage
+from frostline.server.selection import UniformSelector, admits
+from frostline.server.snapshots import read_arrays, store_arrays
+
+
+class RunObserver:
+    """Told how a run goes; subclasses show it to a person. Does nothing by itself."""
+
+    def on_note(self, text: str) -> None:
+        """Something worth a line happened."""
+
+    def on_stage(self, stage: StageRecord, stages: int) -> None:
+        """A stage begins; its count of rounds is still 0."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """A round was closed."""
+
+
+@dataclass
+class _StageProgress:
+    """Where a stage stands."""
+
+    prepared: PreparedStage
+    manifest_reference: BlobReference
+    pace: PaceController
+    weights: dict[str, Array]
+    weights_reference: BlobReference
+    rounds: int = 0
+    last_accuracy: float | None = None
+    leased_content: dict[str, set[str]] = field(default_factory=dict)
+
+
+class Coordinator:
+    """Runs one schedule over one fleet.
+
+    Parameters
+    ----------
+    config, config_text : RunConfig, str
+        The run, and the text it was read from, which is kept with the results.
+    folder : RunFolder
+        Where everything is written; its ledger may hold a run to go on with.
+    schedule : GrowingSchedule
+        The model's stages.
+    address : BrokerAddress
+        The broker.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        config_text: str,
+        folder: RunFolder,
+        schedule: GrowingSchedule,
+        address: BrokerAddress,
+        observer: RunObserver,
+    ) -> None:
+        self._config = config
+        self._config_text = config_text
+        self._folder = folder
+        self._schedule = schedule
+        self._observer = observer
+        self._ledger = Ledger(f"sqlite:///{folder.ledger_path.absolute()}")
+        self._weights = BlobStore(folder.weights_dir)
+        self._updates = BlobStore(folder.updates_dir)
+        topics = Topics(config.run.fleet)
+        self._gateway = Gateway(address, topics, config.broker.chunk_size, self._updates)
+        self._selector = UniformSelector(config.run.seed)
+        self._stages: list[StageRecord] = []
+        self._started = time.monotonic()
+
+    async def run(self) -> RunSummary:
+        """Train every stage and write the final model, the summary and the report.
+
+        Raises
+        ------
+        BrokerUnreachable
+            If the broker cannot be reached.
+        RunError
+            If no device can train a stage, or too few return anything.
+        """
+        await self._gateway.open()
+        run = self._ledger.run()
+        whole = await self._compile()
+        try:
+            self._started = time.monotonic()
+            self._announce(run, "open")
+            for index in range(len(self._schedule)):
+                await self._run_stage(run, index)
+            summary = await self._finish(run, whole)
+            self._announce(run, "finished")
+            return summary
+        finally:
+            self._gateway.content.withdraw_all()
+            await self._gateway.close()
+            self._ledger.close()
+            self._folder.close()
+
+    async def _compile(self) -> int:
+        """Compile all stages before the first lease, so that every peak is known; returns the whole model's."""
+        for index in range(len(self._schedule)):
+            self._observer.on_note(f"compiling stage {index + 1} of {len(self._schedule)}")
+            await asyncio.to_thread(self._schedule.plan, index)
+        self._observer.on_note("planning the whole model, for comparison")
+        return (await asyncio.to_thread(self._schedule.plan_whole_model)).total
+
+    def _announce(self, run: str, state: str) -> None:
+        announcement = RunAnnouncement.model_validate(
+            {"run": run, "state": state, "chunk_size": self._config.broker.chunk_size}
+        )
+        self._gateway.announce(announcement)
+
+    async def _run_stage(self, run: str, index: int) -> None:
+        row = self._ledger.begin_stage(index, self._schedule.name(index))
+        plan = self._schedule.plan(index)
+        record = StageRecord(
+            stage=index,
+            name=self._schedule.name(index),
+            planned_bytes=plan.total,
+            memory=plan.model_dump(),
+            rounds=row.rounds,
+            frozen_by="pace",
+        )
+        if row.result is None:
+            self._observer.on_stage(record, len(self._schedule))
+            frozen_by, result = await self._train_stage(run, index)
+            self._ledger.freeze_stage(index, frozen_by, result)
+            row = self._ledger.begin_stage(index, self._schedule.name(index))
+        assert row.result is not None
+        reference = BlobReference.model_validate_json(row.result)
+        weights = read_arrays(self._weights, reference)
+        await asyncio.to_thread(self._schedule.freeze, index, weights)
+        self._stages.append(record.model_copy(update={"rounds": row.rounds, "frozen_by": row.frozen_by}))
+
+    async def _train_stage(self, run: str, index: int) -> tuple[str, BlobReference]:
+        """Run rounds until the pace controller freezes the block; returns why it was frozen, and its weights."""
+        progress = self._begin(index)
+        try:
+            while True:
+                reading = await self._run_round(run, index, progress)
+                if reading.converged:
+                    return "pace", progress.weights_reference
+                if progress.rounds >= self._config.rounds.max_per_stage:
+                    self._observer.on_note(
+                        f"{self._schedule.name(index)}: frozen by the cap of {progress.rounds} rounds, not converged"
+                    )
+                    return "round_cap", progress.weights_reference
+        finally:
+            self._gateway.content.withdraw(progress.manifest_reference)
+            for reference in progress.prepared.manifest.files:
+                self._gateway.content.withdraw(reference)
+
+    def _begin(self, index: int) -> _StageProgress:
+        """Publish a stage and take up where the ledger says it stands."""
+        prepared = self._schedule.prepare(index)
+        for content in prepared.files.values():
+            self._gateway.content.offer(content)
+        manifest_reference = self._gateway.content.offer(prepared.manifest.encode())
+        pace = PaceController(self._config.pace, self._config.run.seed)
+        weights_reference = store_arrays(self._weights, prepared.weights)
+        progress = _StageProgress(prepared, manifest_reference, pace, prepared.weights, weights_reference)
+        last = self._ledger.last_round(index)
+        if last is not None:
+            progress.rounds = self._ledger.begin_stage(index, self._schedule.name(index)).rounds
+            progress.weights_reference = BlobReference.model_validate_json(last.result or last.weights)
+            progress.weights = read_arrays(self._weights, progress.weights_reference)
+            snapshot = self._ledger.last_pace(index)
+            if snapshot is not None:
+                pace.restore(read_arrays(self._weights, snapshot))
+        return progress
+
+    async def _run_round(self, run: str, index: int, progress: _StageProgress) -> PaceReading:
+        number = self._ledger.rounds()
+        started = time.monotonic()
+        manifest = progress.prepared.manifest
+        self._ledger.open_round(number, index, progress.weights_reference)
+        weights_reference = self._gateway.content.offer(encode_tensors(progress.weights))
+        plan = RoundPlan(number, run, manifest, progress.manifest_reference, weights_reference)
+        aggregator = Aggregator(progress.weights)
+        current = Round(plan, self._config, self._gateway, self._ledger, aggregator, self._updates)
+        try:
+            await self._collect(current, manifest, number)
+        finally:
+            self._gateway.content.withdraw(weights_reference)
+        for note in current.notes:
+            self._observer.on_note(note)
+
+        before = progress.weights_reference
+        progress.weights = aggregator.result()
+        progress.weights_reference = store_arrays(self._weights, progress.weights)
+        parameters = {spec.name for spec in manifest.parameters if spec.name.startswith("block.")}
+        reading = progress.pace.observe({n: w for n, w in progress.weights.items() if n in parameters})
+        accuracy = await asyncio.to_thread(self._schedule.accuracy, index, progress.weights)
+        pace_reference = store_arrays(self._weights, progress.pace.snapshot())
+        counted = self._ledger.updates(number)
+        self._ledger.close_round(number, progress.weights_reference, pace_reference)
+        for update in counted:
+            self._updates.remove(update.content)
+        if before != progress.weights_reference:
+            self._weights.remove(before)
+        self._record(current, reading, accuracy, index, number, progress, time.monotonic() - started)
+        progress.rounds += 1
+        return reading
+
+    async def _collect(self, current: Round, manifest: StageManifest, number: int) -> None:
+        """Run the round, again if need be, until it has the updates it needs."""
+        deadline = time.monotonic() + self._config.rounds.join_seconds
+        while True:
+            eligible = [d for d, r in self._gateway.devices.items() if admits(r.presence, manifest)]
+            if eligible:
+                await current.run(iter(self._selector.order(eligible, number)))
+            if len(current.metrics) >= self._config.rounds.minimum_updates:
+                return
+            if time.monotonic() >= deadline:
+                raise RunError(self._explain_shortage(manifest, len(eligible), len(current.metrics)))
+            self._gateway.changed.clear()
+            await _wait(self._gateway.changed)
+
+    def _explain_shortage(self, manifest: StageManifest, eligible: int, returned: int) -> str:
+        online = [r.presence for r in self._gateway.devices.values() if r.presence.state == "online"]
+        waited = f"within {self._config.rounds.join_seconds:.0f} s"
+        if not online:
+            return f"no device joined fleet {self._config.run.fleet!r} {waited}; start some with frostline device"
+        if not eligible:
+            largest = max(presence.memory_bytes for presence in online)
+            return (
+                f"stage {manifest.name!r} needs {manifest.planned.total} bytes and none of the {len(online)} devices "
+                f"online can train it: the largest budget is {largest} bytes; add a device with more memory, or cut "
+                "the model into more blocks or use a smaller batch"
+            )
+        needed = self._config.rounds.minimum_updates
+        return f"stage {manifest.name!r}: {returned} of at least {needed} updates came back {waited}"
+
+    def _record(
+        self,
+        current: Round,
+        reading: PaceReading,
+        accuracy: float | None,
+        index: int,
+        number: int,
+        progress: _StageProgress,
+        seconds: float,
+    ) -> None:
+        metrics = current.metrics
+        evaluated = sum(m.evaluated for m in metrics)
+        on_devices = sum(m.correct for m in metrics) / evaluated if evaluated else None
+        capped = progress.rounds + 1 >= self._config.rounds.max_per_stage
+        progress.last_accuracy = accuracy if accuracy is not None else on_devices
+        record = RoundRecord(
+            stage=index,
+            stage_name=self._schedule.name(index),
+            stages=len(self._schedule),
+            round=number,
+            round_in_stage=progress.rounds,
+            loss=float(np.average([m.loss for m in metrics], weights=[m.samples for m in metrics])),
+            accuracy=progress.last_accuracy,
+            accuracy_source="server" if accuracy is not None else "devices" if evaluated else "none",
+            effective_movement=reading.effective_movement,
+            movement_slope=reading.slope,
+            speed=reading.speed,
+            frozen=reading.converged or capped,
+            devices_selected=current.asked,
+            devices_finished=len(metrics),
+            samples=sum(m.samples for m in metrics),
+            bytes_down=self._bytes_down(current, progress),
+            bytes_up=current.bytes_up,
+            planned_bytes=progress.prepared.manifest.planned.total,
+            seconds=seconds,
+        )
+        self._folder.record(record)
+        self._observer.on_round(record)
+
+    def _bytes_down(self, current: Round, progress: _StageProgress) -> int:
+        """Payload the devices of a round fetched: the weights each time, the programs once a device."""
+        total = 0
+        manifest = progress.prepared.manifest
+        for device in current.accepted_by:
+            known = progress.leased_content.setdefault(device, set())
+            wanted = {r.sha256: r.size for r in [progress.manifest_reference, *manifest.files]}
+            total += sum(size for sha256, size in wanted.items() if sha256 not in known)
+            total += progress.weights_reference.size
+            known.update(wanted)
+        return total
+
+    async def _finish(self, run: str, whole: int) -> RunSummary:
+        records = self._folder.records()
+        model = self._schedule.trained_model()
+        shape = self._schedule.prepare(0).manifest.sample_shape
+        await asyncio.to_thread(write_final_model, self._folder, model, shape, self._config.training.batch)
+        summary = RunSummary(
+            run=run,
+            accuracy=records[-1].accuracy,
+            rounds=len(records),
+            blocks_frozen=sum(stage.frozen_by == "pace" for stage in self._stages),
+            blocks=len(self._stages),
+            peak_planned_bytes=max(stage.planned_bytes for stage in self._stages),
+            full_model_planned_bytes=whole,
+            bytes_down=sum(record.bytes_down for record in records),
+            bytes_up=sum(record.bytes_up for record in records),
+            seconds=sum(record.seconds for record in records),
+            stages=self._stages,
+        )
+        self._folder.summary_path.write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_report(self._folder, summary, records, self._config_text)
+        self._ledger.finish()
+        return summary
+
+
+async def _wait(event: asyncio.Event) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), 0.5)
+    except TimeoutError:
+        return

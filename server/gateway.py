@@ -1,0 +1,140 @@
+"""The server's end of the wire: it validates what devices say and hands it to the round that is on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from frostline.protocol.blobs import BlobStore
+from frostline.protocol.connection import BrokerAddress, Connection
+from frostline.protocol.errors import ProtocolViolation
+from frostline.protocol.messages import (
+    Answer,
+    ContentRequest,
+    Lease,
+    Presence,
+    Receipt,
+    RunAnnouncement,
+    UpdateOffer,
+    decode,
+)
+from frostline.protocol.topics import Received, Topics
+from frostline.server.content import ContentPublisher
+from frostline.server.updates import UpdateJudge, UpdateReceiver
+
+DEVICES_LIMIT = 100_000
+"""Most device names remembered: names come from the network."""
+
+
+class RoundListener(UpdateJudge, Protocol):
+    """What a round is told while it is on."""
+
+    def on_answer(self, device: str, answer: Answer) -> None:
+        """A device took, refused or gave up a lease."""
+
+    def on_presence(self, device: str) -> None:
+        """A device came, changed or went."""
+
+
+@dataclass
+class DeviceRecord:
+    """A device as last heard of; `offline_since` is a reading of the loop's clock, None while it is online."""
+
+    presence: Presence
+    offline_since: float | None
+
+
+class Gateway:
+    """One server's connection to a fleet."""
+
+    def __init__(self, address: BrokerAddress, topics: Topics, chunk_size: int, updates: BlobStore) -> None:
+        self._topics = topics
+        self._connection = Connection(address, f"frostline-{topics.fleet}-server")
+        self._updates = updates
+        self._announcement: RunAnnouncement | None = None
+        self._receiver: UpdateReceiver | None = None
+        self._listener: RoundListener | None = None
+        self.content = ContentPublisher(self._connection, topics, chunk_size)
+        self.devices: dict[str, DeviceRecord] = {}
+        self.changed = asyncio.Event()
+        self.violations = 0
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises
+        ------
+        BrokerUnreachable
+            If the broker cannot be reached.
+        """
+        self._connection.on_message = self._on_message
+        self._connection.on_connected = self._on_connected
+        for topic in self._topics.server_filters:
+            self._connection.subscribe(topic)
+        await self._connection.open()
+
+    async def close(self) -> None:
+        """Leave the broker."""
+        await self._connection.close()
+
+    def announce(self, announcement: RunAnnouncement) -> None:
+        """Tell the fleet which run is on; devices answer with their presence."""
+        self._announcement = announcement
+        self._connection.publish(self._topics.run, announcement.encode(), retain=True)
+
+    def listen(self, listener: RoundListener | None) -> None:
+        """Hand answers and updates to `listener` from now on; None between rounds."""
+        self._listener = listener
+        self._receiver = UpdateReceiver(self._updates, listener) if listener else None
+
+    def send_lease(self, device: str, lease: Lease) -> None:
+        """Send work to a device."""
+        self._connection.publish(self._topics.lease(device), lease.encode())
+
+    def _on_connected(self) -> None:
+        if self._announcement is not None:
+            self.announce(self._announcement)
+        self.content.reseed()
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        try:
+            self._handle(self._topics.parse(topic), payload)
+        except ProtocolViolation:
+            self.violations += 1
+        self.changed.set()
+
+    def _handle(self, received: Received, payload: bytes) -> None:
+        device = received.device
+        match received.kind:
+            case "presence":
+                self._on_presence(device, decode(Presence, payload))
+            case "answer" if self._listener is not None:
+                self._listener.on_answer(device, decode(Answer, payload))
+            case "request":
+                self.content.answer(decode(ContentRequest, payload))
+            case "offer" if self._receiver is not None:
+                self._reply(device, self._receiver.on_offer(device, decode(UpdateOffer, payload)))
+            case "chunk" if self._receiver is not None:
+                self._reply(device, self._receiver.on_chunk(device, received.update, received.index, payload))
+
+    def _on_presence(self, device: str, presence: Presence) -> None:
+        if presence.device != device:
+            raise ProtocolViolation(f"presence of {presence.device!r} on the topic of {device!r}")
+        known = self.devices.get(device)
+        if known is None and len(self.devices) >= DEVICES_LIMIT:
+            raise ProtocolViolation("too many devices")
+        # The will of an earlier session may arrive after the next session's greeting.
+        stale = (
+            known is not None and known.offline_since is None and known.presence.session != presence.session
+        )
+        if presence.state == "offline" and stale:
+            return
+        offline_since = asyncio.get_running_loop().time() if presence.state == "offline" else None
+        self.devices[device] = DeviceRecord(presence, offline_since)
+        if self._listener is not None:
+            self._listener.on_presence(device)
+
+    def _reply(self, device: str, receipt: Receipt | None) -> None:
+        if receipt is not None:
+            self._connection.publish(self._topics.receipt(device), receipt.encode())

@@ -1,0 +1,227 @@
+"""The journal of a run, in SQLite by default: what was decided is on disk before anyone is told.
+
+Each method is one transaction. PostgreSQL or another database is a URL away.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ForeignKey, create_engine, event, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from frostline.protocol.messages import BlobReference, TrainingMetrics
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class RunRow(_Base):
+    """The run itself; one row."""
+
+    __tablename__ = "runs"
+    run: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[str]
+
+
+class StageRow(_Base):
+    """A stage that began; `result` names its weights once it is frozen."""
+
+    __tablename__ = "stages"
+    stage: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str]
+    rounds: Mapped[int] = mapped_column(default=0)
+    frozen_by: Mapped[str | None]
+    result: Mapped[str | None]
+
+
+class RoundRow(_Base):
+    """A round; `result` and `pace` name what it left behind once it is closed."""
+
+    __tablename__ = "rounds"
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    stage: Mapped[int] = mapped_column(ForeignKey("stages.stage"))
+    weights: Mapped[str]
+    result: Mapped[str | None]
+    pace: Mapped[str | None]
+
+
+class LeaseRow(_Base):
+    """A lease; `state` is open, done, refused, failed or expired."""
+
+    __tablename__ = "leases"
+    lease: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(ForeignKey("rounds.number"), index=True)
+    device: Mapped[str]
+    state: Mapped[str]
+    reason: Mapped[str] = mapped_column(default="")
+
+
+class UpdateRow(_Base):
+    """An accepted update; its id makes counting it twice impossible."""
+
+    __tablename__ = "updates"
+    update: Mapped[str] = mapped_column(primary_key=True)
+    lease: Mapped[str] = mapped_column(ForeignKey("leases.lease"), unique=True)
+    round: Mapped[int] = mapped_column(index=True)
+    device: Mapped[str]
+    content: Mapped[str]
+    metrics: Mapped[str]
+
+
+@dataclass(frozen=True)
+class AcceptedUpdate:
+    """An update as the ledger remembers it."""
+
+    update: str
+    lease: str
+    device: str
+    content: BlobReference
+    metrics: TrainingMetrics
+
+
+class Ledger:
+    """The journal behind a database URL, such as `sqlite:////folder/ledger.sqlite`."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = create_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _configure_sqlite)
+        _Base.metadata.create_all(self._engine)
+
+    def close(self) -> None:
+        """Release the database."""
+        self._engine.dispose()
+
+    def run(self) -> str:
+        """The run's identifier, made on first use."""
+        with Session(self._engine) as session, session.begin():
+            row = session.scalar(select(RunRow))
+            if row is None:
+                row = RunRow(run=os.urandom(16).hex(), state="open")
+                session.add(row)
+            return row.run
+
+    def finished(self) -> bool:
+        """Whether the run ended well."""
+        with Session(self._engine) as session:
+            row = session.scalar(select(RunRow))
+            return row is not None and row.state == "finished"
+
+    def finish(self) -> None:
+        """Record that the run ended well."""
+        with Session(self._engine) as session, session.begin():
+            session.scalars(select(RunRow)).one().state = "finished"
+
+    def begin_stage(self, stage: int, name: str) -> StageRow:
+        """Record that a stage began, or return what is known of it."""
+        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            row = session.get(StageRow, stage)
+            if row is None:
+                row = StageRow(stage=stage, name=name, rounds=0)
+                session.add(row)
+            return row
+
+    def freeze_stage(self, stage: int, frozen_by: str, result: BlobReference) -> None:
+        """Record that a stage's block is frozen with the weights `result`."""
+        with Session(self._engine) as session, session.begin():
+            row = session.get_one(StageRow, stage)
+            row.frozen_by, row.result = frozen_by, result.model_dump_json()
+
+    def last_round(self, stage: int) -> RoundRow | None:
+        """The latest round of a stage."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            query = select(RoundRow).where(RoundRow.stage == stage).order_by(RoundRow.number.desc())
+            return session.scalar(query.limit(1))
+
+    def last_pace(self, stage: int) -> BlobReference | None:
+        """The pace controller's snapshot after the latest closed round of a stage."""
+        with Session(self._engine) as session:
+            query = select(RoundRow.pace).where(RoundRow.stage == stage, RoundRow.pace.is_not(None))
+            found = session.scalar(query.order_by(RoundRow.number.desc()).limit(1))
+            return BlobReference.model_validate_json(found) if found else None
+
+    def rounds(self) -> int:
+        """How many rounds have been closed in all."""
+        with Session(self._engine) as session:
+            return len(session.scalars(select(RoundRow.number).where(RoundRow.result.is_not(None))).all())
+
+    def open_round(self, number: int, stage: int, weights: BlobReference) -> None:
+        """Record that a round began from `weights`; nothing happens if it is known."""
+        with Session(self._engine) as session, session.begin():
+            if session.get(RoundRow, number) is None:
+                session.add(RoundRow(number=number, stage=stage, weights=weights.model_dump_json()))
+
+    def close_round(self, number: int, result: BlobReference, pace: BlobReference) -> None:
+        """Record what a round ended with, and settle the leases still open."""
+        with Session(self._engine) as session, session.begin():
+            row = session.get_one(RoundRow, number)
+            row.result, row.pace = result.model_dump_json(), pace.model_dump_json()
+            session.get_one(StageRow, row.stage).rounds += 1
+            for lease in session.scalars(
+                select(LeaseRow).where(LeaseRow.round == number, LeaseRow.state == "open")
+            ):
+                lease.state = "expired"
+
+    def add_lease(self, lease: str, number: int, device: str) -> None:
+        """Record a lease before it is sent."""
+        with Session(self._engine) as session, session.begin():
+            session.add(LeaseRow(lease=lease, round=number, device=device, state="open"))
+
+    def settle_lease(self, lease: str, state: str, reason: str = "") -> None:
+        """Record how a lease ended."""
+        with Session(self._engine) as session, session.begin():
+            row = session.get_one(LeaseRow, lease)
+            row.state, row.reason = state, reason
+
+    def leases(self, number: int) -> list[LeaseRow]:
+        """All leases of a round."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            return list(session.scalars(select(LeaseRow).where(LeaseRow.round == number)))
+
+    def add_update(self, accepted: AcceptedUpdate, number: int) -> None:
+        """Record an update and settle its lease, in one transaction, before it is acknowledged."""
+        with Session(self._engine) as session, session.begin():
+            session.add(
+                UpdateRow(
+                    update=accepted.update,
+                    lease=accepted.lease,
+                    round=number,
+                    device=accepted.device,
+                    content=accepted.content.model_dump_json(),
+                    metrics=accepted.metrics.model_dump_json(),
+                )
+            )
+            session.get_one(LeaseRow, accepted.lease).state = "done"
+
+    def has_update(self, update: str) -> bool:
+        """Whether an update was counted."""
+        with Session(self._engine) as session:
+            return session.get(UpdateRow, update) is not None
+
+    def updates(self, number: int) -> list[AcceptedUpdate]:
+        """The updates counted in a round, in a fixed order."""
+        with Session(self._engine) as session:
+            query = select(UpdateRow).where(UpdateRow.round == number).order_by(UpdateRow.update)
+            return [
+                AcceptedUpdate(
+                    row.update,
+                    row.lease,
+                    row.device,
+                    BlobReference.model_validate_json(row.content),
+                    TrainingMetrics.model_validate_json(row.metrics),
+                )
+                for row in session.scalars(query)
+            ]
+
+
+def _configure_sqlite(connection: Any, record: Any) -> None:
+    cursor = connection.cursor()
+    # WAL with full flushes: an acknowledged update survives a power cut, and readers never block the server.
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()

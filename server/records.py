@@ -1,0 +1,154 @@
+"""What a run writes down about itself: one record a round, one a stage, one for the whole."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+AccuracySource = Literal["server", "devices", "none"]
+FrozenBy = Literal["pace", "round_cap"]
+
+
+class _Record(BaseModel):
+    # A diverged loss is NaN or infinite, which JSON can only carry as a string.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class RoundRecord(_Record):
+    """How one round went.
+
+    Attributes
+    ----------
+    stage : int
+        The stage trained, counted from 0.
+    stage_name : str
+        Its name.
+    stages : int
+        How many stages the schedule has.
+    round : int
+        The round, counted from 0 over the whole run.
+    round_in_stage : int
+        The round, counted from 0 within the stage.
+    loss : float
+        Mean training loss per sample over the updates that were counted.
+    accuracy : float or None
+        Fraction of held-out samples classified correctly after the round; None when it was not measured.
+    accuracy_source : {"server", "devices", "none"}
+        Who measured the accuracy.
+    effective_movement : float or None
+        Distance the block's weights covered over the window, as a fraction of the path they took; None before the
+        window is full.
+    movement_slope : float or None
+        Slope of the effective movement, per round; None before there are enough points.
+    speed : float or None
+        Length of the block's last step over that of the stage's longest; None before the second round.
+    frozen : bool
+        Whether the block was frozen after this round.
+    devices_selected : int
+        Devices that were asked to train.
+    devices_finished : int
+        Devices whose update was counted.
+    samples : int
+        Training samples behind the counted updates.
+    bytes_down : int
+        Bytes sent to devices in the round.
+    bytes_up : int
+        Bytes received from devices in the round.
+    planned_bytes : int
+        Bytes of memory that training this stage takes on a device.
+    seconds : float
+        Wall-clock duration of the round.
+    """
+
+    stage: Count
+    stage_name: str
+    stages: Count
+    round: Count
+    round_in_stage: Count
+    loss: float
+    accuracy: Fraction | None
+    accuracy_source: AccuracySource
+    effective_movement: float | None
+    movement_slope: float | None
+    speed: float | None
+    frozen: bool
+    devices_selected: Count
+    devices_finished: Count
+    samples: Count
+    bytes_down: Count
+    bytes_up: Count
+    planned_bytes: Count
+    seconds: float
+
+
+class StageRecord(_Record):
+    """One stage of a finished run.
+
+    Attributes
+    ----------
+    stage : int
+        The stage, counted from 0.
+    name : str
+        Its name.
+    planned_bytes : int
+        Bytes of memory that training the stage takes on a device.
+    memory : dict of str to int
+        The same bytes by kind, such as "arena", "parameters" or "optimizer_state".
+    rounds : int
+        Rounds spent on the stage.
+    frozen_by : {"pace", "round_cap"}
+        What ended the stage: the pace controller, or the configured limit on rounds.
+    """
+
+    stage: Count
+    name: str
+    planned_bytes: Count
+    memory: dict[str, Count]
+    rounds: Count
+    frozen_by: FrozenBy
+
+
+class RunSummary(_Record):
+    """A finished run.
+
+    Attributes
+    ----------
+    run : str
+        Name of the run.
+    accuracy : float or None
+        Fraction of held-out samples the final model classifies correctly; None when it was not measured.
+    rounds : int
+        Rounds over all stages.
+    blocks_frozen : int
+        Blocks that were frozen.
+    blocks : int
+        Blocks of the model.
+    peak_planned_bytes : int
+        Bytes of memory that the largest stage takes on a device.
+    full_model_planned_bytes : int
+        Bytes of memory that training the whole model at once would take on a device.
+    bytes_down : int
+        Bytes sent to devices.
+    bytes_up : int
+        Bytes received from devices.
+    seconds : float
+        Wall-clock duration of the run.
+    stages : list of StageRecord
+        The stages, in the order they were trained.
+    """
+
+    run: str
+    accuracy: Fraction | None
+    rounds: Count
+    blocks_frozen: Count
+    blocks: Count
+    peak_planned_bytes: Count
+    full_model_planned_bytes: Count
+    bytes_down: Count
+    bytes_up: Count
+    seconds: float
+    stages: list[StageRecord]

@@ -1,0 +1,128 @@
+"""The grow-front-to-back schedule: one block after another is trained, frozen, and put behind the frost line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frostline.datasets.samples import Samples
+from frostline.exporter.artifact import CompiledStage, ExportOptions, arrays, compile_prefix, compile_stage
+from frostline.exporter.cutting import CutModel
+from frostline.exporter.models.lookup import ModelSpec
+from frostline.exporter.stage import (
+    build_stage,
+    build_whole_model,
+    load_tensors,
+    statistics_tensors,
+    trainable_tensors,
+)
+from frostline.protocol.manifest import PlannedMemory, Program, StageManifest
+from frostline.protocol.tensors import Array
+
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class PreparedStage:
+    """A stage as devices get it: the manifest with its prefix, every file it names, and the first weights."""
+
+    manifest: StageManifest
+    files: Mapping[str, bytes]
+    weights: dict[str, Array]
+
+
+class GrowingSchedule:
+    """Trains the blocks of a model front to back (SmartFreeze, Wu et al., IWQoS 2024; ProFL's growing phase).
+
+    The output module is carried over: the stand-ins that remain and the head start a stage with the values they ended
+    the stage before with.
+
+    Parameters
+    ----------
+    test : Samples or None
+        The server's held-out samples, for `accuracy`.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, cut: CutModel, options: ExportOptions, seed: int, test: Samples | None
+    ) -> None:
+        self._spec = spec
+        self._cut = cut
+        self._options = options
+        self._stages = [build_stage(cut, index, seed) for index in range(len(cut.blocks))]
+        self._compiled: dict[int, CompiledStage] = {}
+        self._whole: PlannedMemory | None = None
+        self._prefix: list[Program] = []
+        self._prefix_files: dict[str, bytes] = {}
+        self._test = test
+        self._features = torch.from_numpy(test.x) if test else None
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+    def name(self, index: int) -> str:
+        """The name of a stage's block."""
+        return self._stages[index].name
+
+    def plan(self, index: int) -> PlannedMemory:
+        """What training a stage takes on a device; compiles the stage on first use."""
+        if index not in self._compiled:
+            self._compiled[index] = compile_stage(self._stages[index], self._options)
+        return self._compiled[index].manifest.planned
+
+    def plan_whole_model(self) -> PlannedMemory:
+        """What training the whole model at once would take, by the same count."""
+        if self._whole is None:
+            whole = compile_stage(build_whole_model(self._cut), self._options, check=False)
+            self._whole = whole.manifest.planned
+        return self._whole
+
+    def prepare(self, index: int) -> PreparedStage:
+        """The stage behind the blocks that are frozen by now."""
+        self.plan(index)
+        compiled = self._compiled[index]
+        stage = self._stages[index]
+        weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
+        manifest = compiled.manifest.model_copy(update={"prefix": list(self._prefix)})
+        return PreparedStage(manifest, {**compiled.files, **self._prefix_files}, weights)
+
+    def accuracy(self, index: int, weights: Mapping[str, Array]) -> float | None:
+        """Fraction of the held-out samples the stage classifies correctly; None without any."""
+        if self._test is None:
+            return None
+        model = self._load(index, weights).eval()
+        logits = self._forward(model, self._features)
+        return float((logits.argmax(1).numpy() == self._test.y).mean())
+
+    def freeze(self, index: int, weights: Mapping[str, Array]) -> None:
+        """Fix a stage's block, move the frost line behind it and hand its output module on."""
+        self._load(index, weights)
+        stage = self._stages[index]
+        if index + 1 == len(self):
+            self._cut.head.load_state_dict(stage.model.output_module.head.state_dict())
+            return
+        program, content = compile_prefix(stage, self._options.batch)
+        self._prefix.append(program)
+        self._prefix_files[program.file.sha256] = content
+        if self._features is not None:
+            self._features = self._forward(stage.model.block.eval(), self._features)
+        load_tensors(self._stages[index + 1], stage.model.state_dict())
+
+    def trained_model(self) -> torch.nn.Module:
+        """The whole model with every frozen block and the last head in place."""
+        return self._spec.module.eval()
+
+    def _load(self, index: int, weights: Mapping[str, Array]) -> torch.nn.Module:
+        stage = self._stages[index]
+        load_tensors(stage, {name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in weights.items()})
+        return stage.model
+
+    @staticmethod
+    def _forward(module: torch.nn.Module, x: Tensor | None) -> Tensor:
+        assert x is not None
+        with torch.inference_mode():
+            return torch.cat([module(rows) for rows in x.split(EVALUATION_BATCH)])

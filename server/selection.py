@@ -1,0 +1,34 @@
+"""Which devices train a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from frostline.protocol.manifest import StageManifest
+from frostline.protocol.messages import Presence
+
+
+def admits(presence: Presence, manifest: StageManifest) -> bool:
+    """Whether a device can train a stage: its engine is there and the planned bytes fit its budget."""
+    return (
+        presence.state == "online"
+        and presence.samples > 0
+        and manifest.engine in presence.engines
+        and manifest.planned.total <= presence.memory_bytes
+    )
+
+
+@dataclass(frozen=True)
+class UniformSelector:
+    """Draws devices uniformly, without replacement, reproducibly from `seed` and the round's number."""
+
+    seed: int
+
+    def order(self, eligible: Sequence[str], round_number: int) -> list[str]:
+        """All eligible devices in the order in which they are to be asked."""
+        names = sorted(eligible)
+        random = np.random.default_rng([self.seed, round_number])
+        return [names[i] for i in random.permutation(len(names))]

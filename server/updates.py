@@ -1,0 +1,90 @@
+"""Receiving updates: device-paced, resumable, acknowledged chunk by chunk after the write, counted exactly once."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from frostline.protocol.blobs import BlobStore, chunk_count
+from frostline.protocol.errors import CorruptContent
+from frostline.protocol.messages import Receipt, UpdateOffer
+from frostline.protocol.topics import HASH_DIGITS
+
+UPLOAD_SLOTS = 16
+"""Updates received at once; further devices wait their turn, so that the broker's queues stay short."""
+WINDOW = 4
+"""Unacknowledged chunks a device may have on the way."""
+WAIT_SECONDS = 1.0
+
+
+class UpdateJudge(Protocol):
+    """Decides what becomes of an update."""
+
+    def is_counted(self, update: str) -> bool:
+        """Whether the update was counted before."""
+
+    def objection(self, device: str, offer: UpdateOffer) -> str:
+        """Why the update is not wanted; empty if it is."""
+
+    def count(self, device: str, offer: UpdateOffer, content: bytes) -> str:
+        """Journal and fold a whole update; returns why it was rejected instead, or nothing."""
+
+
+class UpdateReceiver:
+    """Answers offers and chunks; every answer is a receipt for the device."""
+
+    def __init__(self, store: BlobStore, judge: UpdateJudge) -> None:
+        self._store = store
+        self._judge = judge
+        self._open: dict[tuple[str, str], UpdateOffer] = {}
+
+    def on_offer(self, device: str, offer: UpdateOffer) -> Receipt:
+        """Answer an offer: which chunks are here already, or that it is counted, unwanted or has to wait."""
+        if self._judge.is_counted(offer.update):
+            return Receipt(update=offer.update, state="done")
+        index = offer.content
+        objection = self._judge.objection(device, offer)
+        if not objection and len(index.chunks) != chunk_count(index.size, index.chunk_size):
+            objection = "the number of chunks does not fit the size"
+        key = (device, offer.update[:HASH_DIGITS])
+        if objection:
+            self._open.pop(key, None)
+            return Receipt(update=offer.update, state="rejected", reason=objection)
+        if key not in self._open and len(self._open) >= UPLOAD_SLOTS:
+            return Receipt(update=offer.update, state="wait", retry_seconds=WAIT_SECONDS)
+        self._open[key] = offer
+        missing = set(self._store.missing_chunks(index))
+        if not missing:
+            return self._complete(device, offer)
+        have = [i for i, h in enumerate(index.chunks) if h not in missing]
+        return Receipt(update=offer.update, state="have", have=have, window=WINDOW)
+
+    def on_chunk(self, device: str, update: str, index: int, chunk: bytes) -> Receipt | None:
+        """Take a chunk; None where there is nothing to say, since the device offers again by itself."""
+        offer = self._open.get((device, update))
+        if offer is None:
+            return Receipt(update=update, state="unknown")
+        if index >= len(offer.content.chunks):
+            return None
+        try:
+            self._store.put_chunk(offer.content.chunks[index], chunk)
+        except CorruptContent:
+            return None
+        if self._store.missing_chunks(offer.content):
+            return Receipt(update=offer.update, state="have", have=[index], window=WINDOW)
+        return self._complete(device, offer)
+
+    def forget(self) -> None:
+        """Drop uploads that are still open: their round is over."""
+        self._open.clear()
+
+    def _complete(self, device: str, offer: UpdateOffer) -> Receipt:
+        del self._open[device, offer.update[:HASH_DIGITS]]
+        try:
+            path = self._store.assemble(offer.content)
+        except CorruptContent as error:
+            return Receipt(update=offer.update, state="rejected", reason=str(error)[:500])
+        reason = self._judge.count(device, offer, path.read_bytes())
+        if reason:
+            path.unlink()
+            return Receipt(update=offer.update, state="rejected", reason=reason[:500])
+        return Receipt(update=offer.update, state="done")

@@ -1,0 +1,163 @@
+"""What a user gets wrong: one clear line, the right exit code, nothing left half-written."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from frostline.emulator.broker import EmbeddedBroker
+from tests.end_to_end.conftest import run_command, write_config
+
+
+def check(
+    arguments: list[str | Path],
+    exit_code: int,
+    mentions: list[str],
+    absent: Path | None = None,
+    timeout: float = 120,
+) -> None:
+    """Run the command; it must say one line with all of `mentions`."""
+    result = run_command(*arguments, timeout=timeout)
+    message = [line for line in result.stderr.splitlines() if line.startswith("frostline: ")]
+    assert result.returncode == exit_code, result.stderr
+    assert len(message) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+    for text in mentions:
+        assert text in message[0], message[0]
+    assert absent is None or not absent.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentions"),
+    [
+        (["--model", "resnet81"], ["resnet81", "resnet18"]),
+        (["--model", "nowhere.to:be_found", "--input-shape", "1,8,8", "--classes", "10"], ["nowhere"]),
+        (["--model", "small_cnn", "--blocks", "layer1,layer9"], ["layer9"]),
+        (["--model", "small_cnn", "--blocks", "99"], ["99"]),
+        (["--model", "small_cnn", "-O", "widht=8"], ["widht", "width"]),
+        (["--model", "small_cnn", "-O", "width"], ["name=value"]),
+        (["--model", "small_cnn", "--input-shape", "1,x"], ["--input-shape", "3,32,32"]),
+    ],
+)
+def test_export(tmp_path: Path, arguments: list[str], mentions: list[str]) -> None:
+    out = tmp_path / "out"
+    check(["export", *arguments, "--out", out], 2, mentions, absent=out)
+
+
+def test_export_into_a_folder_that_is_in_use(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    check(["export", "--model", "small_cnn", "--out", tmp_path], 2, ["not an empty folder"])
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mentions"),
+    [
+        ("learning_rate", "learning_rat", ["run.toml:17", "training.learning_rat", "learning_rate"]),
+        ("[pace]", "[pase]", ["run.toml:25", "pase", "pace"]),
+        ("epochs = 2", 'epochs = "two"', ["run.toml:16", "training.epochs"]),
+        ("epochs = 2", "epochs = ", ["not valid TOML", "line 16"]),
+        ('"small_cnn"', '"tiny_cnn"', ["tiny_cnn", "small_cnn"]),
+        ('test = "digits"', 'test = "digit"', ["digit", "digits"]),
+        ('"99%"', '"lots"', ["fleet.memory", "lots"]),
+    ],
+)
+def test_configuration(tmp_path: Path, old: str, new: str, mentions: list[str]) -> None:
+    config = write_config(tmp_path)
+    config.write_text(config.read_text().replace(old, new, 1))
+    check(["emulate", "--config", config, "--out", tmp_path / "run"], 2, mentions)
+
+
+def test_a_missing_configuration(tmp_path: Path) -> None:
+    check(["serve", "--config", tmp_path / "none.toml"], 2, ["none.toml"])
+
+
+def test_a_run_folder_that_is_in_use(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("mine")
+    check(["serve", "--config", write_config(tmp_path), "--out", tmp_path / "run"], 2, ["not empty"])
+
+
+@pytest.mark.parametrize("kind", ["serve", "device"])
+def test_an_unreachable_broker(tmp_path: Path, kind: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"mqtt://127.0.0.1:{unused.getsockname()[1]}"
+    if kind == "serve":
+        out = tmp_path / "run"
+        arguments: list[str | Path] = [
+            "serve",
+            "--config",
+            write_config(tmp_path),
+            "--out",
+            out,
+            "--broker",
+            url,
+        ]
+    else:
+        arguments = [
+            "device",
+            "--broker",
+            url,
+            "--data",
+            "digits",
+            "--id",
+            "a",
+            "--state",
+            tmp_path / "state",
+        ]
+    check(arguments, 1, [url, "refused"])
+
+
+@pytest.mark.parametrize(
+    ("change", "mentions"),
+    [
+        (("--broker", "http://there"), ["http://there", "mqtt://"]),
+        (("--id", "../../etc"), ["../../etc", "letters"]),
+        (("--memory", "plenty"), ["--memory", "plenty"]),
+        (("--data", "nothing-here"), ["nothing-here"]),
+        (("--data", "EMPTY"), ["safetensors"]),
+    ],
+)
+def test_device(tmp_path: Path, change: tuple[str, str], mentions: list[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    options = {
+        "--broker": "mqtt://127.0.0.1:1",
+        "--data": "digits",
+        "--id": "a",
+        "--state": str(tmp_path / "s"),
+    }
+    options[change[0]] = change[1].replace("EMPTY", str(empty))
+    arguments = ["device", *(part for pair in options.items() for part in pair)]
+    check(list(arguments), 2, mentions, absent=tmp_path / "s")
+
+
+def test_a_fleet_whose_memory_fits_nothing(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    config = write_config(tmp_path)
+    text = (
+        config.read_text()
+        .replace('["100%", "99%"]', '["10 kB", "20 kB"]')
+        .replace("join_seconds = 60", "join_seconds = 3")
+    )
+    config.write_text(text)
+    arguments: list[str | Path] = [
+        "emulate",
+        "--config",
+        config,
+        "--out",
+        tmp_path / "run",
+        "--broker",
+        broker.url,
+    ]
+    check(arguments, 1, ["needs", "the largest budget is 20000 bytes", "more blocks"])
+
+
+def test_a_broker_port_in_use() -> None:
+    with EmbeddedBroker() as running:
+        port = int(running.url.rsplit(":", 1)[1])
+        with pytest.raises(Exception, match=str(port)), EmbeddedBroker(port):
+            pass

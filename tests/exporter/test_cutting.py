@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from frostline.exporter.cutting import CutModel, cut
+from frostline.exporter.models.lookup import BUILTIN_NAMES, build_model
+from frostline.protocol.errors import UsageError
+
+
+def _chain(parts: CutModel, value: torch.Tensor) -> torch.Tensor:
+    for block in parts.blocks:
+        assert value.shape[1:] == block.input_shape
+        value = block.module(value)
+        assert value.shape[1:] == block.output_shape
+    output: torch.Tensor = parts.head(value)
+    return output
+
+
+def _modules(parts: CutModel) -> list[nn.Module]:
+    return [*(block.module for block in parts.blocks), parts.head]
+
+
+def _assert_faithful(module: nn.Module, parts: CutModel, example: torch.Tensor) -> None:
+    keys = [key for part in _modules(parts) for key in part.state_dict()]
+    assert sorted(keys) == sorted(module.state_dict())
+    assert all(any(each.requires_grad for each in block.module.parameters()) for block in parts.blocks)
+    for batch in (example, torch.cat([example, example, example])):
+        module.eval()
+        assert torch.equal(_chain(parts, batch), module(batch))
+        module.train()
+        expected = copy.deepcopy(module)(batch)
+        assert torch.equal(_chain(copy.deepcopy(parts), batch), expected)
+
+
+def _message(module: nn.Module, blocks: object, example: torch.Tensor) -> str:
+    with pytest.raises(UsageError) as caught:
+        cut(module, blocks, example)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_builtin_cut_by_names(name: str, norm: str) -> None:
+    spec = build_model(name, {"width": 4, "input_size": 8, "norm": norm})
+    assert spec.default_blocks is not None
+    parts = cut(spec.module, spec.default_blocks, IMAGES)
+    assert tuple(block.name for block in parts.blocks) == spec.default_blocks
+    assert list(parts.head.state_dict()) == ["fc.weight", "fc.bias"]
+    _assert_faithful(spec.module, parts, IMAGES)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_builtin_cut_by_number(name: str, count: int) -> None:
+    spec = build_model(name, {"width": 4, "input_size": 8, "norm": "batch"})
+    parts = cut(spec.module, count, IMAGES)
+    assert len(parts.blocks) == count
+    assert list(parts.head.state_dict()) == ["fc.weight", "fc.bias"]
+    _assert_faithful(spec.module, parts, IMAGES)
+
+
+def test_names_may_be_nested() -> None:
+    spec = build_model("resnet18", {"width": 4})
+    parts = cut(spec.module, ["layer1.0", "layer1.1", "layer3", "layer4.0"], IMAGES)
+    assert "layer1.0.conv1.weight" in parts.blocks[0].module.state_dict()
+    assert "conv1.weight" in parts.blocks[0].module.state_dict()
+    assert {key.split(".")[0] for key in parts.head.state_dict()} == {"layer4", "fc"}
+    _assert_faithful(spec.module, parts, IMAGES)
+
+
+def test_numbered_blocks_end_with_an_activation_and_take_a_childs_name() -> None:
+    spec = build_model("resnet18", {"width": 4})
+    parts = cut(spec.module, 4, IMAGES)
+    assert parts.blocks[-1].name == "layer4"
+    names = dict(spec.module.named_modules())
+    assert all(block.name in names for block in parts.blocks)
+    assert all(float(_output(parts, index).detach().min()) >= 0 for index in range(4))
+
+
+def _output(parts: CutModel, index: int) -> torch.Tensor:
+    value = IMAGES
+    for block in parts.blocks[: index + 1]:
+        value = block.module(value)
+    return value
+
+
+def test_numbered_cut_minimises_the_largest_block() -> None:
+    module = nn.Sequential(
+        *(nn.Conv2d(channels, channels, 1, bias=False) for channels in (8, 8, 8, 8, 8, 8)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+    parts = cut(module, 3, torch.zeros(2, 8, 4, 4))
+    assert [len(block.module.state_dict()) for block in parts.blocks] == [2, 2, 2]
+    assert list(parts.head.state_dict()) == ["8.weight", "8.bias"]
+
+
+def test_parts_work_functionally_and_share_nothing_when_copied() -> None:
+    spec = build_model("small_cnn", {"width": 4})
+    parts = cut(spec.module, ["block1", "block2"], IMAGES)
+    part = parts.blocks[0].module
+    zeros = {name: torch.zeros_like(value) for name, value in part.named_parameters()}
+    assert torch.count_nonzero(torch.func.functional_call(part, zeros, (IMAGES,))) == 0
+    assert next(part.parameters()) is next(spec.module.parameters())
+    assert next(copy.deepcopy(part).parameters()) is not next(spec.module.parameters())
+
+
+def test_cutting_leaves_the_model_as_it_was() -> None:
+    module = build_model("resnet10", {"width": 4, "norm": "batch"}).module
+    module.layer1.eval()
+    modes = [child.training for child in module.modules()]
+    before = copy.deepcopy(module.state_dict())
+    attributes = set(vars(module))
+    cut(module, 3, IMAGES)
+    assert [child.training for child in module.modules()] == modes
+    assert set(vars(module)) == attributes
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+class Functional(nn.Module):
+    """Functions, skip connections, direct parameters, constants, buffers and sizes read before the cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 1.5))
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.1))
+        self.register_buffer("mask", torch.ones(4, 1, 1), persistent=False)
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.third = nn.Conv2d(4, 4, 3, padding=1)
+        self.drop = nn.Dropout(0.0)
+        self.last = nn.Linear(4 * 64, 5)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        gain: float = 2.0,
+        extra: torch.Tensor | None = None,
+        size: tuple[int, int] = (8, 8),
+    ) -> torch.Tensor:
+        shape = images.shape
+        batch, height = shape[0], images.size(2)
+        value = F.relu(self.first(images - self.mean)) * self.mask
+        value = value + torch.relu(self.second(value)) * torch.arange(4.0).reshape(4, 1, 1)
+        if extra is not None:
+            value = value + extra
+        value = self.drop(value * self.scale * gain)
+        value = value + self.third(value).view(batch, 4, height, shape[3]) * self.mask
+        return self.last(value.reshape(batch, 4 * height * height))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, ["drop"], ["first", "drop"]])
+def test_functional_model(blocks: int | list[str]) -> None:
+    module = Functional()
+    parts = cut(module, blocks, IMAGES)
+    _assert_faithful(module, parts, IMAGES)
+    assert not [name for name in vars(module) if name.startswith("_tensor_constant")]
+    copied = copy.deepcopy(copy.deepcopy(parts))
+    assert all(
+        list(one.state_dict()) == list(two.state_dict())
+        for one, two in zip(_modules(parts), _modules(copied), strict=True)
+    )
+
+
+def test_sequences_of_vectors_can_be_cut_by_number() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 8, 4, 4)
+            self.one = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.two = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = self.embed(images).flatten(2).transpose(1, 2)
+            return self.head(self.two(self.one(tokens)).mean(1))  # type: ignore[no-any-return]
+
+    module = Attending().train()
+    parts = cut(module, 2, IMAGES)
+    assert parts.blocks[-1].name == "two"
+    assert parts.blocks[-1].output_shape == (4, 8)
+    assert torch.equal(_chain(parts, IMAGES), module(IMAGES))
+
+
+def _named(children: dict[str, nn.Module]) -> nn.Sequential:
+    module = nn.Sequential()
+    for name, child in children.items():
+        module.add_module(name, child)
+    return module
+
+
+def _plain() -> nn.Sequential:
+    return _named(
+        {
+            "one": nn.Conv2d(3, 4, 1),
+            "act": nn.ReLU(),
+            "two": nn.Conv2d(4, 4, 1),
+            "pool": nn.AdaptiveAvgPool2d(1),
+            "flat": nn.Flatten(),
+            "fc": nn.Linear(4, 2),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        (["onee"], ["'onee'", "one"]),
+        (["two", "one"], ["'one' runs before block 'two'", "one, two"]),
+        (["one", "one"], ["'one'", "twice"]),
+        (["one", "act"], ["'act'", "no parameter to train"]),
+        ([], ["name at least one"]),
+        ("one", ["list of names"]),
+        (0, ["at least 1"]),
+        (3, ["3 blocks", "2 is the most"]),
+    ],
+)
+def test_wrong_request(blocks: object, expected: list[str]) -> None:
+    message = _message(_plain(), blocks, IMAGES)
+    assert all(part in message for part in expected), message
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Conv2d(3, 4, 1)
+        self.main = nn.Conv2d(3, 4, 1)
+        self.last = nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        side = self.side(images)
+        value = self.last(self.main(images) + side)
+        return self.fc(value.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_crossed_boundary() -> None:
+    message = _message(Branching(), ["main", "last"], IMAGES)
+    assert "'main' is crossed by 2 values, 'side' and 'main'" in message
+    assert "2 is the most" in _message(Branching(), 3, IMAGES)
+
+
+def test_frozen_block_has_nothing_to_train() -> None:
+    module = _plain()
+    module.get_submodule("one").requires_grad_(False)
+    assert "block 'one' has no parameter to train" in _message(module, ["one", "two"], IMAGES)
+
+
+def test_tied_weights() -> None:
+    module = _plain()
+    module.add_module("one", nn.Conv2d(3, 3, 1))
+    module.add_module("two", nn.Conv2d(3, 3, 1))
+    module.add_module("fc", nn.Linear(3, 2))
+    module.two.weight = module.one.weight  # type: ignore[assignment, union-attr]
+    message = _message(module, ["one", "two"], IMAGES)
+    assert "'one.weight' is used by block 'one' and by block 'two' (there named 'two.weight')" in message
+    parts = cut(module, ["two"], IMAGES)
+    _assert_faithful(module, parts, IMAGES)
+
+
+def test_module_called_in_two_blocks() -> None:
+    class Twice(Branching):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            value = self.side(images)
+            value = self.last(value)
+            value = self.last(value) + 1
+            return self.fc(value.mean((2, 3)))  # type: ignore[no-any-return]
+
+    module = Twice()
+    del module.main
+    assert "called 2 times" in _message(module, ["side", "last"], IMAGES)
+    parts = cut(module, 2, IMAGES)
+    assert [block.name for block in parts.blocks] == ["side", "add"]
+
+
+def test_unused_tensor() -> None:
+    module = _plain()
+    module.get_submodule("two").register_module("spare", nn.Linear(2, 2))
+    assert cut(module, ["one", "two"], IMAGES)
+
+    class Spare(Branching):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(2, 2)
+
+    assert "'spare.weight'" in _message(Spare(), ["last"], IMAGES)
+    assert "'spare' of model Spare is never called" in _message(Spare(), ["spare"], IMAGES)
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.sum() > 0:
+            return self.layer(images)  # type: ignore[no-any-return]
+        return images + self.layer(images)  # type: ignore[no-any-return]
+
+
+def test_dynamic_control_flow_is_named_and_allowed_inside_a_named_block() -> None:
+    module = _named(
+        {
+            "inner": nn.Sequential(Deciding()),
+            "two": nn.Conv2d(3, 3, 1),
+            "pool": nn.AdaptiveAvgPool2d(1),
+            "flat": nn.Flatten(),
+            "fc": nn.Linear(3, 2),
+        }
+    )
+    message = _message(module, 2, IMAGES)
+    assert "module 'inner.0'" in message
+    assert "control flow" in message
+    parts = cut(module, ["inner", "two"], IMAGES)
+    assert set(parts.blocks[0].module.state_dict()) == {"inner.0.layer.weight", "inner.0.layer.bias"}
+    _assert_faithful(module, parts, IMAGES)
+
+
+def test_model_that_asks_for_its_mode() -> None:
+    class Dropping(Branching):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(F.dropout(images, 0.5, self.training))
+
+    message = _message(Dropping(), ["last"], IMAGES)
+    assert "'dropout' in the model's forward" in message
+    assert "nn.Dropout" in message
+
+
+def test_inputs_and_outputs_other_than_one_tensor() -> None:
+    class Paired(Branching):
+        def forward(self, images: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(images + other)
+
+    class Returning(Branching):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            return super().forward(images), images
+
+    assert "takes 2 inputs (images, other)" in _message(Paired(), ["last"], IMAGES)
+    assert "returns a tuple" in _message(Returning(), ["last"], IMAGES)
+
+
+def test_example_of_the_wrong_shape() -> None:
+    message = _message(_plain(), ["one"], torch.zeros(2, 5, 8, 8))
+    assert "does not run on an input of shape [2, 5, 8, 8]" in message
+
+
+def test_model_without_features() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert "no place where a single tensor" in _message(module, 2, torch.zeros(2, 4))
+    _assert_faithful(module, cut(module, ["1"], torch.zeros(2, 4)), torch.ones(2, 4))

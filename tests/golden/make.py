@@ -1,0 +1,249 @@
+"""Write the golden vectors that every implementation of the protocol is checked against.
+
+Run `python tests/golden/make.py` after a deliberate change of the wire format, and read the difference it makes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from frostline.protocol.blobs import index_of, reference_to, sha256_of
+from frostline.protocol.errors import ProtocolViolation
+from frostline.protocol.manifest import PlannedMemory, Program, StageManifest, TensorSpec
+from frostline.protocol.messages import (
+    Answer,
+    BlobReference,
+    ContentRequest,
+    Lease,
+    Message,
+    Presence,
+    Receipt,
+    RunAnnouncement,
+    TrainingMetrics,
+    UpdateOffer,
+)
+from frostline.protocol.tensors import Array, encode_tensors
+from frostline.protocol.topics import Topics
+
+FOLDER = Path(__file__).parent
+
+RUN = "00112233445566778899aabbccddeeff"
+LEASE = "0123456789abcdef0123456789abcdef"
+UPDATE = "fedcba9876543210fedcba9876543210"
+SESSION = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
+FLEET = "greenhouse"
+DEVICE = "pixel-7"
+
+CHUNK_SIZE = 1024
+CONTENT = bytes((7 * i + i // 256) % 256 for i in range(1100))
+
+TENSORS: dict[str, Array] = {
+    "block.weight": np.array([[0.0, -1.5, 0.1], [3.4028235e38, 1e-45, -0.0]], dtype=np.float32),
+    "norm.batches": np.array(9_007_199_254_740_993, dtype=np.int64),
+    "labels": np.array([-1, 0, 9_223_372_036_854_775_807], dtype=np.int64),
+    "empty": np.zeros((0, 4), dtype=np.float32),
+}
+
+
+def _tensors() -> list[dict[str, object]]:
+    return [
+        {"name": name, "dtype": array.dtype.name, "shape": array.shape, "values": array.ravel().tolist()}
+        for name, array in TENSORS.items()
+    ]
+
+
+def _manifest() -> StageManifest:
+    weight = TensorSpec(name="head.weight", shape=(10, 64))
+    mean = TensorSpec(name="norm.running_mean", shape=(64,))
+    momentum = TensorSpec(name="head.weight.momentum", shape=(10, 64))
+    features = TensorSpec(name="x", shape=(8, 64))
+    labels = TensorSpec(name="y", dtype="int64", shape=(8,))
+    return StageManifest(
+        stage=1,
+        stages=2,
+        name="digits-mlp",
+        engine="executorch",
+        batch=8,
+        classes=10,
+        parameters=[weight],
+        statistics=[mean],
+        optimizer_state=[momentum],
+        training=Program(
+            file=BlobReference(sha256="11" * 32, size=40_960),
+            inputs=[weight, mean, momentum, features, labels, TensorSpec(name="learning_rate", shape=())],
+            outputs=[TensorSpec(name="loss", shape=()), TensorSpec(name="correct", dtype="int64", shape=())],
+            arena_bytes=65_536,
+        ),
+        evaluation=Program(
+            file=BlobReference(sha256="22" * 32, size=20_480),
+            inputs=[weight, mean, features],
+            outputs=[TensorSpec(name="logits", shape=(8, 10))],
+            arena_bytes=32_768,
+        ),
+        prefix=[
+            Program(
+                file=BlobReference(sha256="33" * 32, size=10_240),
+                inputs=[TensorSpec(name="image", shape=(8, 1, 8, 8))],
+                outputs=[features],
+                arena_bytes=16_384,
+            )
+        ],
+        planned=PlannedMemory(
+            arena=65_536,
+            parameters=2_560,
+            statistics=256,
+            optimizer_state=2_560,
+            batch=2_112,
+            program=40_960,
+        ),
+    )
+
+
+def _messages() -> dict[str, Message]:
+    index = index_of(CONTENT, CHUNK_SIZE)
+    return {
+        "RunAnnouncement": RunAnnouncement(run=RUN, state="open", asks_class_counts=True, chunk_size=262_144),
+        "Presence": Presence(
+            device=DEVICE,
+            session=SESSION,
+            state="online",
+            memory_bytes=536_870_912,
+            engines=["executorch"],
+            samples=120,
+            class_counts=[60, 0, 60],
+            software="frostline 0.1.0 — µ",
+        ),
+        "Presence.offline": Presence(device=DEVICE, session=SESSION, state="offline"),
+        "Lease": Lease(
+            run=RUN,
+            lease=LEASE,
+            round=3,
+            manifest=reference_to(_manifest().encode()),
+            weights=reference_to(CONTENT),
+            epochs=2,
+            learning_rate=0.05,
+            seed=4_294_967_295,
+            evaluate=True,
+            deadline_seconds=600.0,
+        ),
+        "Answer": Answer(lease=LEASE, answer="refused", reason='needs 12 MB, has "8 MB"\n'),
+        "ContentRequest": ContentRequest(hashes=[*index.chunks]),
+        "BlobIndex": index,
+        "UpdateOffer": UpdateOffer(
+            update=UPDATE,
+            lease=LEASE,
+            content=index,
+            metrics=TrainingMetrics(
+                samples=120, steps=30, loss=2.302585092994046, seconds=1.25, evaluated=20, correct=11
+            ),
+        ),
+        "Receipt": Receipt(update=UPDATE, state="have", have=[1], window=8, retry_seconds=0.5),
+        "Receipt.rejected": Receipt(update=UPDATE, state="rejected", reason="the round is over"),
+    }
+
+
+def _refused() -> list[dict[str, str]]:
+    metrics = '{"samples":1,"steps":1,"loss":%s,"seconds":1.0}'
+    presence = f'{{"device":"%s","session":"{SESSION}","state":"online"}}'
+    return [
+        {"kind": kind, "payload": payload}
+        for kind, payload in [
+            ("Answer", ""),
+            ("Answer", "[]"),
+            ("Answer", "{"),
+            ("Answer", f'{{"lease":"{LEASE}"}}'),
+            ("Answer", f'{{"lease":"{LEASE}","answer":"maybe"}}'),
+            ("Answer", f'{{"lease":"{LEASE.upper()}","answer":"accepted"}}'),
+            ("TrainingMetrics", metrics % "NaN"),
+            ("TrainingMetrics", metrics % "Infinity"),
+            ("TrainingMetrics", metrics % "1e999"),
+            ("TrainingMetrics", metrics % "null"),
+            ("Presence", presence % ".."),
+            ("Presence", presence % "a/b"),
+            ("Presence", presence % "A"),
+            ("Presence", presence % "-a"),
+            ("Presence", presence % ""),
+            ("Presence", presence % ("a" * 65)),
+            ("BlobReference", f'{{"sha256":"{"0" * 64}","size":0}}'),
+            ("ContentRequest", '{"hashes":[]}'),
+            ("RunAnnouncement", f'{{"protocol":2,"run":"{RUN}","state":"open","chunk_size":4096}}'),
+        ]
+    ]
+
+
+def _topics() -> dict[str, object]:
+    topics = Topics(FLEET)
+    sha256 = sha256_of(CONTENT)
+    names = {
+        "run": topics.run,
+        "index": topics.index(sha256),
+        "chunk": topics.chunk(sha256),
+        "presence": topics.presence(DEVICE),
+        "answer": topics.answer(DEVICE),
+        "request": topics.request(DEVICE),
+        "offer": topics.offer(DEVICE),
+        "update_chunk": topics.update_chunk(DEVICE, UPDATE, 12),
+        "lease": topics.lease(DEVICE),
+        "receipt": topics.receipt(DEVICE),
+    }
+    candidates = [
+        *names.values(),
+        f"{topics.root}/from/{DEVICE}/chunk/{UPDATE}/012",
+        f"{topics.root}/from/{DEVICE}/chunk/{UPDATE}/-1",
+        f"{topics.root}/from/{DEVICE}/chunk/{UPDATE[:31]}/1",
+        f"{topics.root}/from/../presence",
+        f"{topics.root}/from/{DEVICE}/presence/",
+        f"frostline/v2/{FLEET}/from/{DEVICE}/presence",
+        f"frostline/v1/other/from/{DEVICE}/presence",
+    ]
+    parsed: dict[str, object] = {}
+    for topic in candidates:
+        try:
+            parsed[topic] = asdict(topics.parse(topic))
+        except ProtocolViolation:
+            parsed[topic] = None
+    return {
+        "fleet": FLEET,
+        "device": DEVICE,
+        "sha256": sha256,
+        "update": UPDATE,
+        "index": 12,
+        "topics": names,
+        "server_filters": topics.server_filters,
+        "parsed": parsed,
+    }
+
+
+def _document(value: object) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def golden_files() -> dict[str, bytes]:
+    """Return the content of every golden file by its path below this folder."""
+    manifest = _manifest().encode()
+    return {
+        **{f"messages/{name}.json": message.encode() for name, message in _messages().items()},
+        "refused.json": _document(_refused()),
+        "topics.json": _document(_topics()),
+        "content.bin": CONTENT,
+        "tensors.safetensors": encode_tensors(TENSORS),
+        "tensors.json": _document(_tensors()),
+        "manifest.json": manifest,
+        "manifest.sha256": f"{sha256_of(manifest)}\n".encode(),
+    }
+
+
+def main() -> None:
+    """Replace the golden files."""
+    for name, content in golden_files().items():
+        path = FOLDER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,7 +44,7 @@ def measure(model: str, stage: Stage, batch: int, classes: int, runs: int, stock
     state = initial_state(stage, OPTIMIZER)
     x = torch.randn(batch, *stage.input_shape)
     y = torch.randint(0, classes, (batch,))
-    compiled = compile_stage(stage, ExportOptions(batch, classes, OPTIMIZER), check=False)
+    compiled = compile_stage(stage, ExportOptions(batch, classes, OPTIMIZER))
     training = compiled.manifest.training
     program = LoweredProgram(compiled.files[training.file.sha256], training.arena_bytes)
     ours = runner(program, state, x, y)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from frostline.protocol.artifact import write_artifact
 from frostline.protocol.errors import UsageError
 from frostline.protocol.sizes import format_size
 
@@ -62,7 +63,6 @@ def export(
         arrays,
         compile_prefix,
         compile_stage,
-        write_artifact,
     )
     from frostline.exporter.cutting import cut
     from frostline.exporter.models.lookup import build_model

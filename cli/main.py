@@ -9,6 +9,7 @@ import typer
 from frostline.cli.device import device
 from frostline.cli.emulate import emulate
 from frostline.cli.export import export
+from frostline.cli.inspection import inspect
 from frostline.cli.serve import serve
 from frostline.protocol.errors import FrostlineError, RunError
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(emulate)
 app.command()(export)
+app.command()(inspect)
 app.command()(serve)
 app.command()(device)
 

@@ -6,6 +6,7 @@ Its states, drawn in docs/agent.md: idle, fetching, training, sending. One lease
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib.metadata
 import uuid
@@ -110,8 +111,10 @@ class Agent:
         self._fetcher = ContentFetcher(self._connection, topics, name, self._store)
         self._outbox = Outbox(self._connection, topics, name, settings.state_folder / "outbox")
         self._run: RunAnnouncement | None = None
-        self._work: asyncio.Queue[Lease | None] = asyncio.Queue()
-        self._current = ""
+        self._work: asyncio.Queue[Lease] = asyncio.Queue()
+        self._taken: set[str] = set()
+        self._saw_open = False
+        self._over = asyncio.Event()
 
     async def run(self) -> None:
         """Serve leases until cancelled, or until the run is over if the settings say so.
@@ -126,16 +129,34 @@ class Agent:
         self._connection.on_connected = self._announce
         for topic in (self._topics.run, self._topics.lease(name), self._topics.receipt(name)):
             self._connection.subscribe(topic)
+        pending = self._outbox.pending()
+        self._taken.update(offer.lease for offer in pending)
         await self._connection.open()
         self._notify("idle", "connected")
         try:
-            for offer in self._outbox.pending():
-                await self._send(offer)
-            while (lease := await self._work.get()) is not None:
-                await self._serve(lease)
+            await self._work_until_over(pending)
         finally:
             self._connection.publish(self._topics.presence(name), self._farewell, retain=True)
             await self._connection.close()
+
+    async def _work_until_over(self, pending: list[UpdateOffer]) -> None:
+        working = asyncio.create_task(self._work_on(pending))
+        over = asyncio.create_task(self._over.wait())
+        try:
+            await asyncio.wait([working, over], return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            # Nobody waits for what is still being trained or sent: its run is over, or this device leaves.
+            for task in (working, over):
+                task.cancel()
+            await asyncio.gather(working, over, return_exceptions=True)
+
+    async def _work_on(self, pending: list[UpdateOffer]) -> None:
+        for offer in pending:
+            await self._send(offer)
+        while True:
+            await self._serve(await self._work.get())
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         name = self._settings.name
@@ -154,14 +175,16 @@ class Agent:
     def _on_run(self, run: RunAnnouncement) -> None:
         self._run = run
         if run.state == "open":
+            self._saw_open = True
             self._announce()
-        elif self._settings.leave_when_finished:
-            self._work.put_nowait(None)
+        elif self._saw_open and self._settings.leave_when_finished:
+            # A broker that outlives its runs first tells of the one before, which is no reason to leave.
+            self._over.set()
 
     def _on_lease(self, lease: Lease) -> None:
-        # The server repeats a lease to a device that came back; the one being worked on needs no second copy.
-        if lease.lease != self._current:
-            self._current = lease.lease
+        # The server repeats a lease to a device that came back; one that is taken needs no second copy.
+        if lease.lease not in self._taken:
+            self._taken.add(lease.lease)
             self._work.put_nowait(lease)
 
     def _announce(self) -> None:
@@ -175,15 +198,13 @@ class Agent:
             async with asyncio.timeout(lease.deadline_seconds):
                 offer = await self._train(lease)
         except _Refused as refusal:
-            self._answer(lease, "refused", str(refusal))
+            self._give_up(lease, "refused", str(refusal))
         except TimeoutError:
-            self._answer(lease, "failed", "the lease's deadline passed")
-        except FrostlineError as error:
-            self._answer(lease, "failed", str(error))
+            self._give_up(lease, "failed", "the lease's deadline passed")
         except ExceptionGroup as group:
-            self._answer(lease, "failed", str(group.exceptions[0]))
-        except OSError as error:
-            self._answer(lease, "failed", f"this device's storage: {error}")
+            self._give_up(lease, "failed", _reason(group.exceptions[0]))
+        except Exception as error:
+            self._give_up(lease, "failed", _reason(error))
         else:
             await self._send(offer)
         self._notify("idle", "waiting for work")
@@ -196,7 +217,7 @@ class Agent:
         await self._fetcher.fetch(lease.manifest, run.chunk_size)
         manifest = decode_manifest(self._store.read(lease.manifest), "received manifest")
         self._admit(manifest)
-        self._answer(lease, "accepted")
+        self._answer(lease.lease, "accepted")
         for reference in [*manifest.files, lease.weights]:
             await self._fetcher.fetch(reference, run.chunk_size)
         self._notify("training", f"round {lease.round}: training {manifest.name}")
@@ -236,12 +257,18 @@ class Agent:
         self._notify("sending", f"sending {offer.content.size} bytes")
         receipt = await self._outbox.send(offer)
         if receipt.state == "rejected":
-            self._notify("idle", f"update rejected: {receipt.reason}")
+            # So that the server need not wait for the lease's deadline.
+            self._answer(offer.lease, "failed", f"update rejected: {receipt.reason}")
 
-    def _answer(
-        self, lease: Lease, answer: Literal["accepted", "refused", "failed"], reason: str = ""
-    ) -> None:
-        message = Answer(lease=lease.lease, answer=answer, reason=reason[:500])
+    def _give_up(self, lease: Lease, answer: Literal["refused", "failed"], reason: str) -> None:
+        self._answer(lease.lease, answer, reason)
+        # A server that missed the answer repeats the lease, and then it is tried again.
+        self._taken.discard(lease.lease)
+        with contextlib.suppress(OSError):
+            self._store.remove(lease.weights)
+
+    def _answer(self, lease: str, answer: Literal["accepted", "refused", "failed"], reason: str = "") -> None:
+        message = Answer(lease=lease, answer=answer, reason=reason[:500])
         self._connection.publish(self._topics.answer(self._settings.name), message.encode())
         if answer != "accepted":
             self._notify("idle", f"{answer}: {reason}")
@@ -249,3 +276,11 @@ class Agent:
 
 class _Refused(RunError):
     """This device will not take the lease."""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FrostlineError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"this device's storage: {error}"
+    return f"{type(error).__name__}: {error}"

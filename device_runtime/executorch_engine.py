@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
+
+import numpy as np
+
+from frostline.device_runtime.standard_error import quiet_standard_error
+from frostline.protocol.blobs import BlobStore
+from frostline.protocol.errors import RunError
+from frostline.protocol.manifest import Program, StageManifest, TensorSpec
+from frostline.protocol.tensors import Array
 
 # On contended cores the runtime's own thread pool makes it 40 to 80 times slower; one thread per worker is the rule.
 # It must be said before the library loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
-import torch
-from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
-
-from frostline.protocol.blobs import BlobStore
-from frostline.protocol.errors import RunError
-from frostline.protocol.manifest import Program, StageManifest, TensorSpec
-from frostline.protocol.tensors import Array
+# Both print notices about optional parts and the processor that no user of an agent can act on.
+with quiet_standard_error():
+    import torch
+    from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 
 
 class ExecuTorchProgram:
@@ -27,19 +32,24 @@ class ExecuTorchProgram:
         # The runtime reads the program in place: it must outlive the module.
         self._content = content
         self._name = name
+        # The runtime sets itself up, and asks about the processor, when a method is first called.
+        self._ready = False
         try:
-            self._module: Any = _load_for_executorch_from_buffer(content)
+            with quiet_standard_error():
+                self._module: Any = _load_for_executorch_from_buffer(content)
         except RuntimeError as error:
             raise RunError(f"{name} program: ExecuTorch cannot load it: {error}") from None
 
     def run(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Execute over `arguments`, mutating those the program mutates; outputs alias the runtime's memory."""
         try:
-            outputs: list[torch.Tensor] = self._module.run_method(
-                "forward", tuple(arguments), clone_outputs=False
-            )
+            with nullcontext() if self._ready else quiet_standard_error():
+                outputs: list[torch.Tensor] = self._module.run_method(
+                    "forward", tuple(arguments), clone_outputs=False
+                )
         except RuntimeError as error:
             raise RunError(f"{self._name} program: ExecuTorch failed: {error}") from None
+        self._ready = True
         return outputs
 
 

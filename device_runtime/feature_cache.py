@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ class FeatureCache:
     """The inputs of each stage for one device's samples.
 
     The features after a chain of frozen blocks are keyed by the hashes of the chain's programs and the samples'
-    fingerprint, and computed from the longest shorter chain that is already here. Once a longer chain is whole the
-    shorter ones are dropped: the frost line only moves deeper.
+    fingerprint, and computed from the longest shorter chain that is already here. Once a chain is whole all others
+    are dropped: the frost line only moves deeper, and samples that changed do not change back.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,17 +39,35 @@ class FeatureCache:
         chain = [program.file.sha256 for program in manifest.prefix]
         if not chain:
             return x
-        known = next(
-            n for n in range(len(chain), -1, -1) if n == 0 or self._path(chain[:n], fingerprint).exists()
-        )
-        features = x if known == 0 else self._open(chain[:known], fingerprint)
+        known, features = self._longest(x, manifest.prefix, chain, fingerprint)
         for count in range(known, len(chain)):
             features = self._extend(
                 features, manifest.prefix[count], chain[: count + 1], fingerprint, runtime, store
             )
-        for count in range(1, len(chain)):
-            self._path(chain[:count], fingerprint).unlink(missing_ok=True)
+        kept = self._path(chain, fingerprint)
+        for path in self._folder.iterdir():
+            if path != kept:
+                path.unlink(missing_ok=True)
         return features
+
+    def _longest(
+        self, x: Array, prefix: list[Program], chain: list[str], fingerprint: str
+    ) -> tuple[int, Array]:
+        """How much of the chain is here already, and the features after it."""
+        for count in range(len(chain), 0, -1):
+            path = self._path(chain[:count], fingerprint)
+            shape = (len(x), *prefix[count - 1].outputs[0].shape[1:])
+            try:
+                features = self._open(path)
+            except FileNotFoundError:
+                continue
+            except (ValueError, EOFError):
+                features = None
+            if features is not None and features.shape == shape and features.dtype == np.float32:
+                return count, features
+            # Damaged by the file system; computing it again is all it takes.
+            path.unlink()
+        return 0, x
 
     def _extend(
         self,
@@ -63,7 +82,8 @@ class FeatureCache:
         session = runtime.open_prefix(program, store)
         batch, *shape = program.outputs[0].shape
         path = self._path(chain, fingerprint)
-        unfinished = path.with_suffix(".unfinished")
+        # A worker whose lease ran out may still be writing the same features: each process has its own file.
+        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         mapped = np.lib.format.open_memmap(unfinished, "w+", np.float32, (len(features), *shape))
         for start in range(0, len(features), batch):
             rows = features[start : start + batch]
@@ -74,10 +94,11 @@ class FeatureCache:
         mapped.flush()
         del mapped
         unfinished.replace(path)
-        return self._open(chain, fingerprint)
+        return self._open(path)
 
-    def _open(self, chain: list[str], fingerprint: str) -> Array:
-        mapped: Array = np.load(self._path(chain, fingerprint), mmap_mode="r", allow_pickle=False)
+    @staticmethod
+    def _open(path: Path) -> Array:
+        mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
         return mapped
 
     def _path(self, chain: list[str], fingerprint: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from frostline.protocol.blobs import split_chunks, write_atomically
+from frostline.protocol.blobs import index_of, split_chunks, write_atomically
 from frostline.protocol.connection import Connection
 from frostline.protocol.errors import ProtocolViolation
 from frostline.protocol.messages import Receipt, UpdateOffer, decode
@@ -13,6 +13,8 @@ from frostline.protocol.topics import Topics
 
 ANSWER_SECONDS = 3.0
 """How long to wait for the server's word before offering again."""
+UNKNOWN_SECONDS = 0.1
+"""How long to wait before offering again what the server says it does not know."""
 
 
 class Outbox:
@@ -35,12 +37,25 @@ class Outbox:
         write_atomically(self._offer_path(offer.lease), offer.encode())
 
     def pending(self) -> list[UpdateOffer]:
-        """Updates whose fate the server has not told yet, such as those from before a restart."""
+        """Updates whose fate the server has not told yet, such as those from before a restart.
+
+        What a crash left unfinished or damaged is dropped: call it before training, never during.
+        """
         offers = []
         for path in sorted(self._folder.glob("*.json")):
             try:
-                offers.append(decode(UpdateOffer, path.read_bytes()))
+                offer = decode(UpdateOffer, path.read_bytes())
             except ProtocolViolation:
+                path.unlink()
+                continue
+            # Chunks that are not as announced would be sent for ever: the server drops them without a word.
+            if path == self._offer_path(offer.lease) and self._is_whole(offer):
+                offers.append(offer)
+            else:
+                path.unlink()
+        known = {self.content_path(offer.lease) for offer in offers}
+        for path in self._folder.glob("*.safetensors"):
+            if path not in known:
                 path.unlink()
         return offers
 
@@ -69,22 +84,28 @@ class Outbox:
         self._announce(offer)
         while True:
             try:
-                receipt = await asyncio.wait_for(queue.get(), ANSWER_SECONDS)
+                # Not wait_for: before Python 3.12 it drops a cancellation that meets a receipt.
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    receipt = await queue.get()
             except TimeoutError:
-                in_flight.clear()
-                self._announce(offer)
+                self._begin_again(offer, have, in_flight)
                 continue
             match receipt.state:
                 case "done" | "rejected":
                     return receipt
                 case "wait" | "unknown":
-                    in_flight.clear()
-                    await asyncio.sleep(receipt.retry_seconds if receipt.state == "wait" else 0.1)
-                    self._announce(offer)
+                    await asyncio.sleep(receipt.retry_seconds if receipt.state == "wait" else UNKNOWN_SECONDS)
+                    self._begin_again(offer, have, in_flight)
                 case "have":
                     have.update(receipt.have)
                     in_flight -= have
                     self._fill_window(offer, chunks, have, in_flight, receipt.window)
+
+    def _begin_again(self, offer: UpdateOffer, have: set[int], in_flight: set[int]) -> None:
+        # The server may have lost chunks it had: its answer to an offer lists all that are there now.
+        have.clear()
+        in_flight.clear()
+        self._announce(offer)
 
     def _fill_window(
         self, offer: UpdateOffer, chunks: list[bytes], have: set[int], in_flight: set[int], window: int
@@ -99,6 +120,13 @@ class Outbox:
 
     def _announce(self, offer: UpdateOffer) -> None:
         self._connection.publish(self._topics.offer(self._device), offer.encode())
+
+    def _is_whole(self, offer: UpdateOffer) -> bool:
+        try:
+            content = self.content_path(offer.lease).read_bytes()
+        except FileNotFoundError:
+            return False
+        return index_of(content, offer.content.chunk_size) == offer.content
 
     def _offer_path(self, lease: str) -> Path:
         return self._folder / f"{lease}.json"

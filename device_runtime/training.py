@@ -78,9 +78,12 @@ def train(task: TrainingTask) -> TrainingMetrics:
     for batch in _batches(chosen, manifest.batch, task.epochs, task.seed):
         loss, _ = session.step(np.ascontiguousarray(features[batch]), samples.y[batch], task.learning_rate)
         losses.append(loss)
-    if not np.isfinite(losses).all():
-        raise RunError(f"the loss is not finite after {len(losses)} steps; lower the run's learning rate")
+        if not np.isfinite(loss):
+            raise RunError(f"the loss is not finite after {len(losses)} steps; lower the run's learning rate")
     update = {name: value - received[name] for name, value in session.trained().items()}
+    # A loss is taken before its step: the last step shows in the values only.
+    if not all(np.isfinite(value).all() for value in update.values()):
+        raise RunError(f"the update is not finite after {len(losses)} steps; lower the run's learning rate")
     write_atomically(task.update_path, encode_tensors(update))
     return TrainingMetrics(
         samples=len(chosen),

@@ -1,10 +1,10 @@
-"""Training artifacts: a stage compiled, checked and written as a manifest with content-addressed files."""
+"""Compiling stages: a manifest and the programs it names, checked before they ship."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,17 +20,15 @@ from frostline.exporter.training_step import (
     trace_evaluation,
     trace_training_step,
 )
-from frostline.protocol.blobs import BlobStore, reference_to, write_atomically
-from frostline.protocol.errors import UsageError
+from frostline.protocol.blobs import reference_to
 from frostline.protocol.manifest import (
     DType,
     PlannedMemory,
     Program,
     StageManifest,
     TensorSpec,
-    decode_manifest,
 )
-from frostline.protocol.tensors import Array, encode_tensors
+from frostline.protocol.tensors import Array
 
 _DTYPES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.int64: "int64"}
 
@@ -61,61 +59,35 @@ class CompiledStage:
     parity: Parity
 
 
-def compile_stage(
-    stage: Stage, options: ExportOptions, prefix: Sequence[Program] = (), *, check: bool = True
-) -> CompiledStage:
-    """Compile a stage's training and evaluation programs.
+def compile_stage(stage: Stage, options: ExportOptions, prefix: Sequence[Program] = ()) -> CompiledStage:
+    """Compile a stage's training and evaluation programs, and check the former against eager PyTorch.
 
     Parameters
     ----------
     prefix : sequence of Program
         The frozen blocks before the stage, compiled by `compile_prefix`.
-    check : bool
-        Run the training program in its runtime and compare it with eager PyTorch in float64.
 
     Raises
     ------
     RunError
-        If the programs cannot be lowered, or differ from eager PyTorch.
+        If the programs cannot be lowered, or do not train as eager PyTorch does.
     """
-    state = initial_state(stage, options.optimizer)
-    x = torch.zeros(options.batch, *stage.input_shape)
-    y = torch.zeros(options.batch, dtype=torch.int64)
-    rate = torch.tensor(0.1)
-    step = trace_training_step(stage, options.optimizer, state, x, y, REWRITES)
-    training = lower_portable(step, [*state.tensors, x, y, rate])
-    forward = [*state.parameters.values(), *state.statistics.values(), x]
-    evaluation = lower_portable(trace_evaluation(stage, state, x, REWRITES), forward)
-    parity = check_parity(stage, training, state, options) if check else Parity(0.0, 0.0)
-
-    trained = _specs(state.parameters) + _specs(state.statistics)
-    inputs = [_spec("x", x), _spec("y", y)]
-    scalar = [TensorSpec(name="loss", shape=()), TensorSpec(name="correct", dtype="int64", shape=())]
-    manifest = StageManifest(
-        stage=stage.index,
-        stages=stage.count,
-        name=stage.name,
-        engine="executorch",
-        batch=options.batch,
-        classes=options.classes,
-        parameters=_specs(state.parameters),
-        statistics=_specs(state.statistics),
-        optimizer_state=_specs(state.optimizer_state),
-        training=_program(
-            training,
-            [*trained, *_specs(state.optimizer_state), *inputs, _spec("learning_rate", rate)],
-            scalar,
-        ),
-        evaluation=_program(
-            evaluation,
-            [*trained, inputs[0]],
-            [TensorSpec(name="logits", shape=(options.batch, options.classes))],
-        ),
-        prefix=list(prefix),
-        planned=_planned(training, evaluation, state, [x, y, rate]),
-    )
+    tensors = _StageTensors.of(stage, options)
+    training = _lower_training(stage, options, tensors)
+    traced = trace_evaluation(stage, tensors.state, tensors.x, REWRITES)
+    state = tensors.state
+    evaluation = lower_portable(traced, [*state.parameters.values(), *state.statistics.values(), tensors.x])
+    parity = check_parity(stage, training, state, options)
+    manifest = _manifest(stage, options, prefix, tensors, training, evaluation)
     contents = {reference_to(p.content).sha256: p.content for p in (training, evaluation)}
     return CompiledStage(manifest, contents, parity)
+
+
+def plan_stage(stage: Stage, options: ExportOptions) -> PlannedMemory:
+    """What training a stage takes, without an artifact to show for it: evaluation needs no more than training."""
+    tensors = _StageTensors.of(stage, options)
+    training = _lower_training(stage, options, tensors)
+    return _planned(training, training, tensors)
 
 
 def compile_prefix(stage: Stage, batch: int) -> tuple[Program, bytes]:
@@ -131,40 +103,6 @@ def compile_prefix(stage: Stage, batch: int) -> tuple[Program, bytes]:
     return _program(lowered, [_spec("x", x)], [_spec("features", features)]), lowered.content
 
 
-def write_artifact(
-    folder: Path, manifest: StageManifest, files: Mapping[str, bytes], weights: Mapping[str, Array]
-) -> None:
-    """Write `manifest.json`, `weights.safetensors` and `files/<sha256>` below `folder`.
-
-    The manifest is written last: a folder without one is unfinished.
-    """
-    store = BlobStore(folder / "files")
-    for content in files.values():
-        store.put(content)
-    write_atomically(folder / "weights.safetensors", encode_tensors(weights))
-    write_atomically(folder / "manifest.json", manifest.encode())
-
-
-def read_artifact(folder: Path) -> tuple[StageManifest, BlobStore]:
-    """Open an artifact and verify every file it names.
-
-    Raises
-    ------
-    UsageError
-        If there is no artifact.
-    CorruptContent
-        If the manifest or a file is damaged.
-    """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise UsageError(f"{folder}: no artifact here: manifest.json is missing")
-    manifest = decode_manifest(path.read_bytes(), str(path))
-    store = BlobStore(folder / "files")
-    for reference in manifest.files:
-        store.read(reference)
-    return manifest, store
-
-
 def arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
     """Tensors as NumPy arrays of the same memory."""
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
@@ -176,16 +114,66 @@ def _program(lowered: LoweredProgram, inputs: list[TensorSpec], outputs: list[Te
     )
 
 
-def _planned(
-    training: LoweredProgram, evaluation: LoweredProgram, state: StageState, inputs: Sequence[Tensor]
-) -> PlannedMemory:
+@dataclass(frozen=True)
+class _StageTensors:
+    """The arguments of a stage's training step: its state and one batch of zeros."""
+
+    state: StageState
+    x: Tensor
+    y: Tensor
+    learning_rate: Tensor
+
+    @classmethod
+    def of(cls, stage: Stage, options: ExportOptions) -> Self:
+        x = torch.zeros(options.batch, *stage.input_shape)
+        y = torch.zeros(options.batch, dtype=torch.int64)
+        return cls(initial_state(stage, options.optimizer), x, y, torch.tensor(0.1))
+
+
+def _lower_training(stage: Stage, options: ExportOptions, tensors: _StageTensors) -> LoweredProgram:
+    step = trace_training_step(stage, options.optimizer, tensors.state, tensors.x, tensors.y, REWRITES)
+    return lower_portable(step, [*tensors.state.tensors, tensors.x, tensors.y, tensors.learning_rate])
+
+
+def _manifest(
+    stage: Stage,
+    options: ExportOptions,
+    prefix: Sequence[Program],
+    tensors: _StageTensors,
+    training: LoweredProgram,
+    evaluation: LoweredProgram,
+) -> StageManifest:
+    state = tensors.state
+    trained = _specs(state.parameters) + _specs(state.statistics)
+    x, y, rate = _spec("x", tensors.x), _spec("y", tensors.y), _spec("learning_rate", tensors.learning_rate)
+    results = [TensorSpec(name="loss", shape=()), TensorSpec(name="correct", dtype="int64", shape=())]
+    logits = TensorSpec(name="logits", shape=(options.batch, options.classes))
+    return StageManifest(
+        stage=stage.index,
+        stages=stage.count,
+        name=stage.name,
+        engine="executorch",
+        batch=options.batch,
+        classes=options.classes,
+        parameters=_specs(state.parameters),
+        statistics=_specs(state.statistics),
+        optimizer_state=_specs(state.optimizer_state),
+        training=_program(training, [*trained, *_specs(state.optimizer_state), x, y, rate], results),
+        evaluation=_program(evaluation, [*trained, x], [logits]),
+        prefix=list(prefix),
+        planned=_planned(training, evaluation, tensors),
+    )
+
+
+def _planned(training: LoweredProgram, evaluation: LoweredProgram, tensors: _StageTensors) -> PlannedMemory:
+    state = tensors.state
     # One of the two programs is loaded at a time, with its arena.
     return PlannedMemory(
         arena=max(training.arena_bytes, evaluation.arena_bytes),
         parameters=_size(state.parameters.values()),
         statistics=_size(state.statistics.values()),
         optimizer_state=_size(state.optimizer_state.values()),
-        batch=_size(inputs),
+        batch=_size([tensors.x, tensors.y, tensors.learning_rate]),
         program=max(len(training.content), len(evaluation.content)),
     )
 

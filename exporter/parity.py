@@ -77,15 +77,16 @@ def _random_batches(stage: Stage, options: ExportOptions) -> list[tuple[Tensor, 
 def _run(
     training: LoweredProgram, state: StageState, batches: list[tuple[Tensor, Tensor]]
 ) -> tuple[list[float], dict[str, Tensor]]:
-    with quiet():
-        from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
-    module = _load_for_executorch_from_buffer(training.content)
     tensors = [t.clone() for t in state.tensors]
     rate = torch.tensor(LEARNING_RATE)
-    losses = [
-        float(module.run_method("forward", (*tensors, x, y, rate), clone_outputs=False)[-2])
-        for x, y in batches
-    ]
+    with quiet():
+        from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+
+        module = _load_for_executorch_from_buffer(training.content)
+        losses = [
+            float(module.run_method("forward", (*tensors, x, y, rate), clone_outputs=False)[-2])
+            for x, y in batches
+        ]
     names = [*state.parameters, *state.statistics]
     return losses, dict(zip(names, tensors, strict=False))
 

@@ -67,8 +67,8 @@ def build_whole_model(cut: CutModel) -> Stage:
 
 
 def trainable_tensors(stage: Stage) -> dict[str, Tensor]:
-    """Copies of the stage's parameters by name."""
-    return {name: p.detach().clone() for name, p in stage.model.named_parameters()}
+    """Copies of the stage's parameters by name; those the model has frozen are constants of its programs."""
+    return {name: p.detach().clone() for name, p in stage.model.named_parameters() if p.requires_grad}
 
 
 def statistics_tensors(stage: Stage) -> dict[str, Tensor]:

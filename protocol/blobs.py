@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,3 +153,8 @@ class BlobStore:
     def remove(self, reference: BlobReference) -> None:
         """Drop the content if it is here."""
         self.path(reference).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Drop all content and chunks."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._chunks.mkdir(parents=True, exist_ok=True)

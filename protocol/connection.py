@@ -188,7 +188,8 @@ class Connection:
             await asyncio.to_thread(
                 self._client.connect, address.host, address.port, keepalive=KEEPALIVE_SECONDS
             )
-            await asyncio.wait_for(self._settled.wait(), CONNECT_TIMEOUT_SECONDS)
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                await self._settled.wait()
             if not self.connected:
                 raise ConnectionError("the connection was closed")
         except (OSError, ssl.SSLError, TimeoutError, UnicodeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -223,7 +222,9 @@ def _line_of(text: str, keys: list[str]) -> int | None:
             found = table + _key_parts(assignment.group(1))
         else:
             continue
-        common = len(os.path.commonprefix([found, keys]))
+        common = 0
+        while found[common : common + 1] == keys[common : common + 1] != []:
+            common += 1
         if common > matched:
             best, matched = number, common
     return best

@@ -13,6 +13,8 @@ from frostline.protocol.topics import Topics
 
 REPEAT_SECONDS = 0.5
 """Requests for the same content within this time are answered once, since every subscriber hears the answer."""
+OFFER_BYTES = 1024
+"""What an update's offer holds besides its index, which is as long as that of the weights it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,7 @@ class ContentPublisher:
         self._connection = connection
         self._topics = topics
         self._chunk_size = chunk_size
-        self._offered: dict[str, list[_Published]] = {}
-        self._by_hash: dict[str, _Published] = {}
+        self._offered: dict[str, dict[str, _Published]] = {}
         self._last_repeat: dict[str, float] = {}
 
     def offer(self, content: bytes) -> BlobReference:
@@ -41,7 +42,7 @@ class ContentPublisher:
             If its chunks are too many for one index.
         """
         index = index_of(content, self._chunk_size)
-        if len(index.encode()) > MESSAGE_BYTES_LIMIT:
+        if len(index.encode()) + OFFER_BYTES > MESSAGE_BYTES_LIMIT:
             raise UsageError(
                 f"broker.chunk_size = {self._chunk_size}: content of {len(content)} bytes makes too many chunks; "
                 f"use at least {2 * self._chunk_size}, if the broker takes such messages"
@@ -54,18 +55,18 @@ class ContentPublisher:
         if len(index.chunks) > 1:
             # Asked for by the hash of the whole, which no chunk has.
             messages[index.sha256] = _Published(self._topics.index(index.sha256), index.encode())
-        self._offered[reference.sha256] = list(messages.values())
-        self._by_hash.update(messages)
+        self._offered[reference.sha256] = messages
         for message in messages.values():
             self._publish(message)
         return reference
 
     def withdraw(self, reference: BlobReference) -> None:
         """Clear content from the broker's memory."""
-        for message in self._offered.pop(reference.sha256, []):
-            self._connection.publish(message.topic, b"", retain=True)
-            for h in [h for h, known in self._by_hash.items() if known is message]:
-                del self._by_hash[h]
+        for h, message in self._offered.pop(reference.sha256, {}).items():
+            # Another content may share the chunk.
+            if self._find(h) is None:
+                self._connection.publish(message.topic, b"", retain=True)
+                self._last_repeat.pop(h, None)
 
     def withdraw_all(self) -> None:
         """Clear everything."""
@@ -75,17 +76,20 @@ class ContentPublisher:
     def reseed(self) -> None:
         """Publish everything again: the broker may have restarted with an empty memory."""
         for messages in self._offered.values():
-            for message in messages:
+            for message in messages.values():
                 self._publish(message)
 
     def answer(self, request: ContentRequest) -> None:
         """Publish what a device missed."""
         now = asyncio.get_running_loop().time()
         for h in request.hashes:
-            message = self._by_hash.get(h)
+            message = self._find(h)
             if message is not None and now - self._last_repeat.get(h, -REPEAT_SECONDS) >= REPEAT_SECONDS:
                 self._last_repeat[h] = now
                 self._publish(message)
+
+    def _find(self, sha256: str) -> _Published | None:
+        return next((m[sha256] for m in self._offered.values() if sha256 in m), None)
 
     def _publish(self, message: _Published) -> None:
         self._connection.publish(message.topic, message.payload, retain=True)

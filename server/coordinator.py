@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -12,14 +13,14 @@ from frostline.protocol.blobs import BlobStore
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import RunError
 from frostline.protocol.manifest import StageManifest
-from frostline.protocol.messages import BlobReference, RunAnnouncement
+from frostline.protocol.messages import BlobReference, Presence, RunAnnouncement
 from frostline.protocol.tensors import Array, encode_tensors
 from frostline.protocol.topics import Topics
 from frostline.server.aggregation import Aggregator
 from frostline.server.config import RunConfig
 from frostline.server.final_model import write_final_model
 from frostline.server.gateway import Gateway
-from frostline.server.ledger import Ledger
+from frostline.server.ledger import Ledger, sqlite_url
 from frostline.server.pace import PaceController, PaceReading
 from frostline.server.records import RoundRecord, RunSummary, StageRecord
 from frostline.server.report import write_report
@@ -86,14 +87,13 @@ class Coordinator:
         self._folder = folder
         self._schedule = schedule
         self._observer = observer
-        self._ledger = Ledger(f"sqlite:///{folder.ledger_path.absolute()}")
+        self._ledger = Ledger(sqlite_url(folder.ledger_path))
         self._weights = BlobStore(folder.weights_dir)
         self._updates = BlobStore(folder.updates_dir)
         topics = Topics(config.run.fleet)
         self._gateway = Gateway(address, topics, config.broker.chunk_size, self._updates)
         self._selector = UniformSelector(config.run.seed)
         self._stages: list[StageRecord] = []
-        self._started = time.monotonic()
 
     async def run(self) -> RunSummary:
         """Train every stage and write the final model, the summary and the report.
@@ -105,15 +105,15 @@ class Coordinator:
         RunError
             If no device can train a stage, or too few return anything.
         """
-        await self._gateway.open()
-        run = self._ledger.run()
-        whole = await self._compile()
         try:
-            self._started = time.monotonic()
+            await self._gateway.open()
+            run = self._ledger.run()
+            whole = await self._compile()
             self._announce(run, "open")
+            await self._gather()
             for index in range(len(self._schedule)):
                 await self._run_stage(run, index)
-            summary = await self._finish(run, whole)
+            summary = await self._finish(whole)
             self._announce(run, "finished")
             return summary
         finally:
@@ -135,6 +135,21 @@ class Coordinator:
             {"run": run, "state": state, "chunk_size": self._config.broker.chunk_size}
         )
         self._gateway.announce(announcement)
+
+    async def _gather(self) -> None:
+        """Give the fleet time to join, so that the first round is not trained by whoever came first."""
+        wanted = self._config.rounds.devices
+        deadline = time.monotonic() + self._config.rounds.join_seconds
+        self._observer.on_note(
+            f"waiting for {wanted} devices, at most {self._config.rounds.join_seconds:.0f} s"
+        )
+        while len(self._online()) < wanted and time.monotonic() < deadline:
+            self._gateway.changed.clear()
+            await _wait(self._gateway.changed)
+
+    def _online(self) -> list[Presence]:
+        records = self._gateway.devices.values()
+        return [record.presence for record in records if record.presence.state == "online"]
 
     async def _run_stage(self, run: str, index: int) -> None:
         row = self._ledger.begin_stage(index, self._schedule.name(index))
@@ -218,12 +233,14 @@ class Coordinator:
         reading = progress.pace.observe({n: w for n, w in progress.weights.items() if n in parameters})
         accuracy = await asyncio.to_thread(self._schedule.accuracy, index, progress.weights)
         pace_reference = store_arrays(self._weights, progress.pace.snapshot())
-        counted = self._ledger.updates(number)
+        replaced = {before.sha256: before}
+        if (last_pace := self._ledger.last_pace(index)) is not None:
+            replaced[last_pace.sha256] = last_pace
         self._ledger.close_round(number, progress.weights_reference, pace_reference)
-        for update in counted:
-            self._updates.remove(update.content)
-        if before != progress.weights_reference:
-            self._weights.remove(before)
+        self._updates.clear()
+        for reference in replaced.values():
+            if reference not in (progress.weights_reference, pace_reference):
+                self._weights.remove(reference)
         self._record(current, reading, accuracy, index, number, progress, time.monotonic() - started)
         progress.rounds += 1
         return reading
@@ -243,7 +260,7 @@ class Coordinator:
             await _wait(self._gateway.changed)
 
     def _explain_shortage(self, manifest: StageManifest, eligible: int, returned: int) -> str:
-        online = [r.presence for r in self._gateway.devices.values() if r.presence.state == "online"]
+        online = self._online()
         waited = f"within {self._config.rounds.join_seconds:.0f} s"
         if not online:
             return f"no device joined fleet {self._config.run.fleet!r} {waited}; start some with frostline device"
@@ -308,13 +325,13 @@ class Coordinator:
             known.update(wanted)
         return total
 
-    async def _finish(self, run: str, whole: int) -> RunSummary:
+    async def _finish(self, whole: int) -> RunSummary:
         records = self._folder.records()
         model = self._schedule.trained_model()
         shape = self._schedule.prepare(0).manifest.sample_shape
         await asyncio.to_thread(write_final_model, self._folder, model, shape, self._config.training.batch)
         summary = RunSummary(
-            run=run,
+            run=self._folder.path.name,
             accuracy=records[-1].accuracy,
             rounds=len(records),
             blocks_frozen=sum(stage.frozen_by == "pace" for stage in self._stages),
@@ -333,7 +350,7 @@ class Coordinator:
 
 
 async def _wait(event: asyncio.Event) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), 0.5)
-    except TimeoutError:
-        return
+    # wait_for would lose a cancellation that comes in the same turn of the loop as the event.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await event.wait()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ForeignKey, create_engine, event, select
+from sqlalchemy import URL, ForeignKey, create_engine, event, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from frostline.protocol.messages import BlobReference, TrainingMetrics
@@ -83,10 +84,15 @@ class AcceptedUpdate:
     metrics: TrainingMetrics
 
 
-class Ledger:
-    """The journal behind a database URL, such as `sqlite:////folder/ledger.sqlite`."""
+def sqlite_url(path: Path) -> URL:
+    """The URL of a SQLite file; its folder must exist."""
+    return URL.create("sqlite", database=str(path.absolute()))
 
-    def __init__(self, url: str) -> None:
+
+class Ledger:
+    """The journal behind a database URL, such as `sqlite_url` or `postgresql+psycopg://host/name`."""
+
+    def __init__(self, url: URL | str) -> None:
         self._engine = create_engine(url)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)

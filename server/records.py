@@ -124,7 +124,7 @@ class RunSummary(_Record):
     rounds : int
         Rounds over all stages.
     blocks_frozen : int
-        Blocks that were frozen.
+        Blocks that the pace controller froze; the others met the cap on rounds.
     blocks : int
         Blocks of the model.
     peak_planned_bytes : int

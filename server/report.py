@@ -321,7 +321,7 @@ def _draw_memory(summary: RunSummary) -> str:
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, max([full, *starts]) * 1.02 or 1)
         axes.set_xlabel(f"planned memory on a device, {unit}")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=7, borderaxespad=0, handlelength=1.6)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0, handlelength=1.6)
         return drawing.svg("Planned memory of each stage by kind, next to the whole model's")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,8 +84,8 @@ class Round:
         self._gateway.listen(self)
         try:
             # Presences that came while nobody listened are not told again.
-            for device in {held.device for held in self._open.values()} & self._gateway.devices.keys():
-                self.on_presence(device)
+            for holder in {held.device for held in self._open.values()} & self._gateway.devices.keys():
+                self.on_presence(holder)
             while True:
                 self._expire()
                 while len(self.metrics) + len(self._open) < wanted:
@@ -220,7 +221,7 @@ class Round:
 
 
 async def _wait(event: asyncio.Event) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), TICK_SECONDS)
-    except TimeoutError:
-        return
+    # wait_for would lose a cancellation that comes in the same turn of the loop as the event.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(TICK_SECONDS):
+            await event.wait()

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from frostline.datasets.samples import Samples
-from frostline.exporter.artifact import CompiledStage, ExportOptions, arrays, compile_prefix, compile_stage
+from frostline.exporter.artifact import (
+    CompiledStage,
+    ExportOptions,
+    arrays,
+    compile_prefix,
+    compile_stage,
+    plan_stage,
+)
 from frostline.exporter.cutting import CutModel
 from frostline.exporter.models.lookup import ModelSpec
 from frostline.exporter.stage import (
@@ -77,8 +84,7 @@ class GrowingSchedule:
     def plan_whole_model(self) -> PlannedMemory:
         """What training the whole model at once would take, by the same count."""
         if self._whole is None:
-            whole = compile_stage(build_whole_model(self._cut), self._options, check=False)
-            self._whole = whole.manifest.planned
+            self._whole = plan_stage(build_whole_model(self._cut), self._options)
         return self._whole
 
     def prepare(self, index: int) -> PreparedStage:

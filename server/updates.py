@@ -30,12 +30,15 @@ class UpdateJudge(Protocol):
 
 
 class UpdateReceiver:
-    """Answers offers and chunks; every answer is a receipt for the device."""
+    """Answers offers and chunks; every answer is a receipt for the device.
+
+    A device has one upload at a time: offering another update takes the place of the one before.
+    """
 
     def __init__(self, store: BlobStore, judge: UpdateJudge) -> None:
         self._store = store
         self._judge = judge
-        self._open: dict[tuple[str, str], UpdateOffer] = {}
+        self._open: dict[str, UpdateOffer] = {}
 
     def on_offer(self, device: str, offer: UpdateOffer) -> Receipt:
         """Answer an offer: which chunks are here already, or that it is counted, unwanted or has to wait."""
@@ -45,13 +48,12 @@ class UpdateReceiver:
         objection = self._judge.objection(device, offer)
         if not objection and len(index.chunks) != chunk_count(index.size, index.chunk_size):
             objection = "the number of chunks does not fit the size"
-        key = (device, offer.update[:HASH_DIGITS])
         if objection:
-            self._open.pop(key, None)
-            return Receipt(update=offer.update, state="rejected", reason=objection)
-        if key not in self._open and len(self._open) >= UPLOAD_SLOTS:
+            self._close(device, offer.update)
+            return Receipt(update=offer.update, state="rejected", reason=objection[:500])
+        if device not in self._open and not self._has_slot():
             return Receipt(update=offer.update, state="wait", retry_seconds=WAIT_SECONDS)
-        self._open[key] = offer
+        self._open[device] = offer
         missing = set(self._store.missing_chunks(index))
         if not missing:
             return self._complete(device, offer)
@@ -60,8 +62,8 @@ class UpdateReceiver:
 
     def on_chunk(self, device: str, update: str, index: int, chunk: bytes) -> Receipt | None:
         """Take a chunk; None where there is nothing to say, since the device offers again by itself."""
-        offer = self._open.get((device, update))
-        if offer is None:
+        offer = self._open.get(device)
+        if offer is None or offer.update[:HASH_DIGITS] != update:
             return Receipt(update=update, state="unknown")
         if index >= len(offer.content.chunks):
             return None
@@ -77,14 +79,23 @@ class UpdateReceiver:
         """Drop uploads that are still open: their round is over."""
         self._open.clear()
 
+    def _has_slot(self) -> bool:
+        if len(self._open) >= UPLOAD_SLOTS:
+            # Devices that vanished in the middle of an upload hold a slot until their leases are settled.
+            self._open = {d: o for d, o in self._open.items() if not self._judge.objection(d, o)}
+        return len(self._open) < UPLOAD_SLOTS
+
+    def _close(self, device: str, update: str) -> None:
+        if device in self._open and self._open[device].update == update:
+            del self._open[device]
+
     def _complete(self, device: str, offer: UpdateOffer) -> Receipt:
-        del self._open[device, offer.update[:HASH_DIGITS]]
+        del self._open[device]
         try:
             path = self._store.assemble(offer.content)
         except CorruptContent as error:
             return Receipt(update=offer.update, state="rejected", reason=str(error)[:500])
         reason = self._judge.count(device, offer, path.read_bytes())
         if reason:
-            path.unlink()
             return Receipt(update=offer.update, state="rejected", reason=reason[:500])
         return Receipt(update=offer.update, state="done")

@@ -56,8 +56,8 @@ def batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -73,9 +73,12 @@ def batch_norm(
         centred = x - mean.reshape(channel)
         variance = (centred * centred).mean(axes)
         count = x.numel() // x.shape[1]
-        running_mean.copy_(running_mean * (1 - momentum) + mean * momentum)
-        running_var.copy_(running_var * (1 - momentum) + variance * (momentum * count / max(count - 1, 1)))
+        if running_mean is not None and running_var is not None:
+            unbiased = momentum * count / max(count - 1, 1)
+            running_mean.copy_(running_mean * (1 - momentum) + mean * momentum)
+            running_var.copy_(running_var * (1 - momentum) + variance * unbiased)
     else:
+        assert running_mean is not None and running_var is not None
         mean, variance = running_mean, running_var
         centred = x - mean.reshape(channel)
     scale = torch.rsqrt(variance + eps)

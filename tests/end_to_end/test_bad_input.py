@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def check(
     [
         (["--model", "resnet81"], ["resnet81", "resnet18"]),
         (["--model", "nowhere.to:be_found", "--input-shape", "1,8,8", "--classes", "10"], ["nowhere"]),
-        (["--model", "small_cnn", "--blocks", "layer1,layer9"], ["layer9"]),
+        (["--model", "small_cnn", "--blocks", "block1,layer9"], ["layer9", "block3"]),
         (["--model", "small_cnn", "--blocks", "99"], ["99"]),
         (["--model", "small_cnn", "-O", "widht=8"], ["widht", "width"]),
         (["--model", "small_cnn", "-O", "width"], ["name=value"]),
@@ -56,10 +57,14 @@ def test_export_into_a_folder_that_is_in_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "mentions"),
     [
-        ("learning_rate", "learning_rat", ["run.toml:17", "training.learning_rat", "learning_rate"]),
-        ("[pace]", "[pase]", ["run.toml:25", "pase", "pace"]),
-        ("epochs = 2", 'epochs = "two"', ["run.toml:16", "training.epochs"]),
-        ("epochs = 2", "epochs = ", ["not valid TOML", "line 16"]),
+        (
+            "learning_rate",
+            "learning_rat",
+            ["run.toml:LINE: ", "training.learning_rat", "did you mean 'learning_rate'"],
+        ),
+        ("[pace]", "[pase]", ["run.toml:LINE: ", "pase", "did you mean 'pace'"]),
+        ("epochs = 2", 'epochs = "two"', ["run.toml:LINE: ", "training.epochs", "two"]),
+        ("epochs = 2", "epochs = ", ["not valid TOML", "line LINE"]),
         ('"small_cnn"', '"tiny_cnn"', ["tiny_cnn", "small_cnn"]),
         ('test = "digits"', 'test = "digit"', ["digit", "digits"]),
         ('"99%"', '"lots"', ["fleet.memory", "lots"]),
@@ -67,8 +72,30 @@ def test_export_into_a_folder_that_is_in_use(tmp_path: Path) -> None:
 )
 def test_configuration(tmp_path: Path, old: str, new: str, mentions: list[str]) -> None:
     config = write_config(tmp_path)
-    config.write_text(config.read_text().replace(old, new, 1))
+    text = config.read_text()
+    line = str(text[: text.index(old)].count("\n") + 1)
+    config.write_text(text.replace(old, new, 1))
+    mentions = [text.replace("LINE", line) for text in mentions]
     check(["emulate", "--config", config, "--out", tmp_path / "run"], 2, mentions)
+
+
+def test_a_corrupted_artifact(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["-O", "width=4", "-O", "input_size=8", "-O", "channels=1", "--blocks", "1", "--batch", "2"]
+    assert run_command("export", "--model", "small_cnn", *options, "--out", out).returncode == 0
+    intact = run_command("inspect", out / "stage-1", "--json")
+    assert intact.returncode == 0, intact.stderr
+    manifest = json.loads(intact.stdout)
+    assert manifest["planned_bytes"] == sum(manifest["planned"].values())
+
+    program = out / "stage-1" / "files" / manifest["training"]["file"]["sha256"]
+    content = bytearray(program.read_bytes())
+    content[100] ^= 1
+    program.write_bytes(content)
+    check(["inspect", out / "stage-1"], 1, [program.name, "does not match its hash"])
+    (out / "stage-1" / "manifest.json").write_text("{}")
+    check(["inspect", out / "stage-1"], 1, ["manifest.json", "not a stage manifest"])
+    check(["inspect", tmp_path], 2, ["no artifact here"])
 
 
 def test_a_missing_configuration(tmp_path: Path) -> None:

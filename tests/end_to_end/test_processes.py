@@ -92,11 +92,13 @@ def test_a_killed_server_resumes_and_a_killed_device_is_replaced(
     with ExitStack() as stack:
         for n in range(2):
             stack.enter_context(started(tmp_path, f"device-{n}", *device(tmp_path, n, broker.url)))
-        with started(tmp_path, "doomed-device", *device(tmp_path, 2, broker.url)) as doomed:
-            with started(tmp_path, "server", *serve) as server:
-                wait_until(lambda: rounds_of(out) >= 2, 180)
-                doomed.send_signal(signal.SIGKILL)
-                server.send_signal(signal.SIGKILL)
+        with (
+            started(tmp_path, "doomed-device", *device(tmp_path, 2, broker.url)) as doomed,
+            started(tmp_path, "server", *serve) as server,
+        ):
+            wait_until(lambda: rounds_of(out) >= 2, 180)
+            doomed.send_signal(signal.SIGKILL)
+            server.send_signal(signal.SIGKILL)
         before = rounds_of(out)
         server = stack.enter_context(started(tmp_path, "resumed", *serve, "--resume"))
         output, _ = server.communicate(timeout=300)

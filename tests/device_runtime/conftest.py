@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders stage-0 and stage-1: artifacts of a tiny model, the second one with a prefix."""
+    import torch
+
+    from frostline.exporter.artifact import (
+        ExportOptions,
+        arrays,
+        compile_prefix,
+        compile_stage,
+    )
+    from frostline.exporter.cutting import cut
+    from frostline.exporter.models.lookup import build_model
+    from frostline.exporter.stage import build_stage, statistics_tensors, trainable_tensors
+    from frostline.protocol.artifact import write_artifact
+
+    torch.set_num_threads(1)
+    spec = build_model("resnet10", {"width": 4}, (1, 8, 8), 3)
+    assert spec.default_blocks is not None
+    parts = cut(spec.module, spec.default_blocks, torch.zeros(2, 1, 8, 8))
+    folder = tmp_path_factory.mktemp("artifacts")
+    stages = [build_stage(parts, index, seed=0) for index in (0, 1)]
+    prefix, prefix_content = compile_prefix(stages[0], batch=4)
+    for stage, programs in zip(stages, ([], [prefix]), strict=True):
+        # The exporter's own tests compare the programs with eager PyTorch.
+        compiled = compile_stage(stage, ExportOptions(batch=4, classes=3), programs)
+        files = {**compiled.files, **{program.file.sha256: prefix_content for program in programs}}
+        stage.model.train()
+        weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
+        write_artifact(folder / f"stage-{stage.index}", compiled.manifest, files, weights)
+    return folder

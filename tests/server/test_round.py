@@ -1,0 +1,498 @@
+"""One round with a scripted fleet, the real ledger and the real update store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+
+from frostline.protocol.blobs import BlobStore, index_of, reference_to
+from frostline.protocol.manifest import PlannedMemory, Program, StageManifest, TensorSpec
+from frostline.protocol.messages import Answer, Lease, Presence, TrainingMetrics, UpdateOffer
+from frostline.protocol.tensors import Array, encode_tensors
+from frostline.server import round as round_module
+from frostline.server.aggregation import Aggregator
+from frostline.server.config import RunConfig
+from frostline.server.gateway import DeviceRecord, Gateway, RoundListener
+from frostline.server.ledger import Ledger
+from frostline.server.round import Round, RoundPlan
+
+TRAINED = [TensorSpec(name="block.w", shape=(2, 3)), TensorSpec(name="block.mean", shape=(2,))]
+PROGRAM = Program(
+    file=reference_to(b"program"), inputs=[TensorSpec(name="x", shape=(4, 2))], outputs=[], arena_bytes=0
+)
+MANIFEST = StageManifest(
+    stage=0,
+    stages=1,
+    name="block",
+    engine="executorch",
+    batch=4,
+    classes=2,
+    parameters=TRAINED[:1],
+    statistics=TRAINED[1:],
+    optimizer_state=[],
+    training=PROGRAM,
+    evaluation=PROGRAM,
+    prefix=[],
+    planned=PlannedMemory(arena=100, parameters=24, statistics=8, optimizer_state=0, batch=0, program=0),
+)
+PLAN = RoundPlan(0, "a" * 32, MANIFEST, reference_to(MANIFEST.encode()), reference_to(b"weights"))
+WEIGHTS = {"block.w": np.ones((2, 3), np.float32), "block.mean": np.zeros(2, np.float32)}
+SAMPLES = 10
+
+Behaviour = Callable[["Fleet", str, Lease], None]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_module, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(round_module, "OFFLINE_GRACE_SECONDS", 0.03)
+
+
+class Fleet:
+    """Stands in for the gateway; what a device does with its lease is a function of its name."""
+
+    def __init__(self, folder: Path, behaviours: dict[str, Behaviour] | None = None) -> None:
+        self.store = BlobStore(folder / "updates")
+        self.ledger = Ledger(f"sqlite:///{folder}/ledger.sqlite")
+        self.behaviours = behaviours or {}
+        self.devices: dict[str, DeviceRecord] = {}
+        self.changed = asyncio.Event()
+        self.listener: RoundListener | None = None
+        self.leases: list[tuple[str, Lease]] = []
+        self.receipts: dict[str, str] = {}
+        self.ledger.begin_stage(0, "block")
+        self.ledger.open_round(0, 0, PLAN.weights_reference)
+
+    def listen(self, listener: RoundListener | None) -> None:
+        self.listener = listener
+
+    def send_lease(self, device: str, lease: Lease) -> None:
+        self.leases.append((device, lease))
+        behave = self.behaviours.get(device, finish)
+        asyncio.get_running_loop().call_soon(behave, self, device, lease)
+
+    @property
+    def asked(self) -> list[str]:
+        return [device for device, _ in self.leases]
+
+    def join(
+        self, *devices: str, session: str = "0" * 32, samples: int = SAMPLES, memory: int = 1000
+    ) -> None:
+        for device in devices:
+            presence = Presence(
+                device=device,
+                session=session,
+                state="online",
+                memory_bytes=memory,
+                engines=["executorch"],
+                samples=samples,
+            )
+            self.devices[device] = DeviceRecord(presence, None)
+            if self.listener is not None:
+                self.listener.on_presence(device)
+        self.changed.set()
+
+    def leave(self, device: str) -> None:
+        presence = self.devices[device].presence.model_copy(update={"state": "offline"})
+        self.devices[device] = DeviceRecord(presence, asyncio.get_running_loop().time())
+        assert self.listener is not None
+        self.listener.on_presence(device)
+        self.changed.set()
+
+    def round(self, devices: int, deadline: float = 5.0) -> Round:
+        config = RunConfig.model_validate(
+            {"model": {"name": "m"}, "rounds": {"devices": devices, "deadline_seconds": deadline}}
+        )
+        self.aggregator = Aggregator(WEIGHTS)
+        return Round(PLAN, config, cast(Gateway, self), self.ledger, self.aggregator, self.store)
+
+    def send(self, device: str, offer: UpdateOffer, content: bytes) -> str:
+        """Go the way of an update through the receiver; returns why it was rejected, or nothing."""
+        assert self.listener is not None
+        reason = self.listener.objection(device, offer)
+        if not reason:
+            self.store.put(content)
+            reason = self.listener.count(device, offer, content)
+        self.receipts[offer.update] = reason
+        self.changed.set()
+        return reason
+
+
+def update_of(device: str) -> dict[str, Array]:
+    random = np.random.default_rng(list(device.encode()))
+    return {spec.name: random.normal(size=spec.shape).astype(np.float32) for spec in TRAINED}
+
+
+def offer_of(lease: str, content: bytes, update: str | None = None, samples: int = SAMPLES) -> UpdateOffer:
+    metrics = TrainingMetrics(samples=samples, steps=1, loss=1.0, seconds=0.1)
+    return UpdateOffer(
+        update=update or lease[::-1], lease=lease, content=index_of(content, 1024), metrics=metrics
+    )
+
+
+def finish(fleet: Fleet, device: str, lease: Lease) -> None:
+    content = encode_tensors(update_of(device))
+    fleet.send(device, offer_of(lease.lease, content), content)
+
+
+def keep_silent(fleet: Fleet, device: str, lease: Lease) -> None:
+    pass
+
+
+def answer(kind: str) -> Behaviour:
+    def give_answer(fleet: Fleet, device: str, lease: Lease) -> None:
+        assert fleet.listener is not None
+        message = Answer.model_validate({"lease": lease.lease, "answer": kind, "reason": "because"})
+        fleet.listener.on_answer(device, message)
+        fleet.changed.set()
+
+    return give_answer
+
+
+def vanish(fleet: Fleet, device: str, lease: Lease) -> None:
+    fleet.leave(device)
+
+
+def send_wrong_tensors(fleet: Fleet, device: str, lease: Lease) -> None:
+    content = encode_tensors({"block.w": np.zeros((3, 2), np.float32), "block.mean": np.zeros(2, np.float32)})
+    fleet.send(device, offer_of(lease.lease, content), content)
+
+
+def mean_of(devices: Iterable[str]) -> dict[str, Array]:
+    aggregator = Aggregator(WEIGHTS)
+    for device in devices:
+        aggregator.fold(update_of(device), SAMPLES)
+    return aggregator.result()
+
+
+def assert_same(found: dict[str, Array], expected: dict[str, Array]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6)
+
+
+def states(fleet: Fleet) -> dict[str, str]:
+    return {row.device: row.state for row in fleet.ledger.leases(0)}
+
+
+NAMES = [f"device-{index}" for index in range(6)]
+
+
+def test_asks_as_many_devices_as_wanted_and_folds_what_they_return(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path)
+        fleet.join(*NAMES)
+        current = fleet.round(devices=4)
+        await current.run(iter(NAMES))
+        assert fleet.asked == NAMES[:4]
+        assert current.asked == len(current.metrics) == 4
+        assert current.bytes_up == 4 * len(encode_tensors(update_of("any")))
+        assert_same(fleet.aggregator.result(), mean_of(NAMES[:4]))
+        assert set(states(fleet).values()) == {"done"}
+        assert fleet.listener is None
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "state", "deadline"),
+    [
+        (answer("refused"), "refused", 5.0),
+        (answer("failed"), "failed", 5.0),
+        (send_wrong_tensors, "failed", 5.0),
+        (keep_silent, "expired", 0.1),
+        (vanish, "expired", 5.0),
+    ],
+    ids=["refuses", "fails", "sends wrong tensors", "keeps silent", "vanishes"],
+)
+def test_a_device_that_gives_nothing_is_replaced(
+    tmp_path: Path, behaviour: Behaviour, state: str, deadline: float
+) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, {NAMES[1]: behaviour})
+        fleet.join(*NAMES)
+        current = fleet.round(devices=2, deadline=deadline)
+        await asyncio.wait_for(current.run(iter(NAMES)), 3)
+        assert fleet.asked == NAMES[:3]
+        assert states(fleet) == {NAMES[0]: "done", NAMES[1]: state, NAMES[2]: "done"}
+        assert len(current.notes) == 1
+        assert current.notes[0].startswith(f"{NAMES[1]}: {state}: ")
+        assert_same(fleet.aggregator.result(), mean_of([NAMES[0], NAMES[2]]))
+
+    asyncio.run(play())
+
+
+def test_a_device_back_within_the_grace_keeps_its_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_module, "OFFLINE_GRACE_SECONDS", 2.0)
+
+    def blink(fleet: Fleet, device: str, lease: Lease) -> None:
+        if fleet.asked.count(device) == 1:
+            fleet.leave(device)
+            asyncio.get_running_loop().call_later(0.05, lambda: fleet.join(device, session="1" * 32))
+        else:
+            finish(fleet, device, lease)
+
+    async def play() -> None:
+        fleet = Fleet(tmp_path, {NAMES[0]: blink})
+        fleet.join(*NAMES)
+        await asyncio.wait_for(fleet.round(devices=1).run(iter(NAMES)), 3)
+        assert fleet.asked == [NAMES[0], NAMES[0]]
+        assert fleet.leases[0] == fleet.leases[1]
+        assert states(fleet) == {NAMES[0]: "done"}
+
+    asyncio.run(play())
+
+
+def test_a_device_is_asked_at_most_once_a_round(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, {NAMES[0]: answer("failed")})
+        fleet.join(*NAMES[:2])
+        current = fleet.round(devices=5)
+        await current.run(iter([NAMES[0], NAMES[0], NAMES[1], NAMES[1]]))
+        await current.run(iter(NAMES[:2]))
+        assert sorted(fleet.asked) == NAMES[:2]
+        assert len(current.metrics) == 1
+
+    asyncio.run(play())
+
+
+def test_a_device_that_cannot_train_the_stage_any_more_is_passed_over(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path)
+        fleet.join(*NAMES)
+        fleet.join(NAMES[0], memory=10)
+        await fleet.round(devices=1).run(iter(NAMES))
+        assert fleet.asked == [NAMES[1]]
+
+    asyncio.run(play())
+
+
+def test_without_candidates_a_round_ends_at_once(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path)
+        current = fleet.round(devices=3)
+        await asyncio.wait_for(current.run(iter([])), 1)
+        assert current.asked == 0
+        assert fleet.aggregator.result()["block.w"] is WEIGHTS["block.w"]
+
+    asyncio.run(play())
+
+
+def test_the_lease_says_what_to_train(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path)
+        fleet.join(*NAMES)
+        await fleet.round(devices=2).run(iter(NAMES))
+        first, second = (lease for _, lease in fleet.leases)
+        assert first.lease != second.lease
+        assert (first.run, first.round) == (PLAN.run, 0)
+        assert (first.manifest, first.weights) == (PLAN.manifest_reference, PLAN.weights_reference)
+        assert first.evaluate
+
+    asyncio.run(play())
+
+
+async def start(current: Round, candidates: Iterable[str] = NAMES) -> asyncio.Task[None]:
+    """Run a round in the background until its leases are out."""
+    task = asyncio.create_task(current.run(iter(candidates)))
+    await asyncio.sleep(0.03)
+    return task
+
+
+async def stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+CONTENT = encode_tensors(update_of(NAMES[0]))
+
+
+@pytest.mark.parametrize(
+    ("device", "lease", "samples", "content", "reason"),
+    [
+        (NAMES[0], None, SAMPLES, CONTENT, ""),
+        (NAMES[1], None, SAMPLES, CONTENT, "not open"),
+        (NAMES[0], "f" * 32, SAMPLES, CONTENT, "not open"),
+        (NAMES[0], None, SAMPLES + 1, CONTENT, f"{SAMPLES + 1} samples claimed, {SAMPLES} announced"),
+        (NAMES[0], None, SAMPLES, bytes(50_000), "at most"),
+    ],
+    ids=["good", "wrong device", "unknown lease", "too many samples", "too long"],
+)
+def test_an_offer_has_to_fit_its_lease(
+    tmp_path: Path, device: str, lease: str | None, samples: int, content: bytes, reason: str
+) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES, keep_silent))
+        fleet.join(*NAMES)
+        current = fleet.round(devices=2)
+        task = await start(current)
+        given = dict(fleet.leases)[NAMES[0]].lease
+        found = fleet.send(device, offer_of(lease or given, content, samples=samples), content)
+        assert reason in found
+        assert bool(found) == bool(reason)
+        assert len(current.metrics) == len(fleet.ledger.updates(0)) == (0 if reason else 1)
+        await stop(task)
+
+    asyncio.run(play())
+
+
+def test_a_late_update_is_rejected(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES[:2], keep_silent))
+        fleet.join(*NAMES)
+        current = fleet.round(devices=1, deadline=0.1)
+        task = asyncio.create_task(current.run(iter(NAMES)))
+        await asyncio.sleep(0.15)
+        assert fleet.asked == NAMES[:2]
+        late = dict(fleet.leases)[NAMES[0]].lease
+        assert "not open" in fleet.send(NAMES[0], offer_of(late, CONTENT), CONTENT)
+        await asyncio.wait_for(task, 3)
+        assert [update.device for update in fleet.ledger.updates(0)] == [NAMES[2]]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("content", [CONTENT, b"no tensors"], ids=["good", "damaged"])
+def test_an_update_whose_lease_ended_while_it_was_on_its_way_is_rejected(
+    tmp_path: Path, content: bytes
+) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES, keep_silent))
+        fleet.join(NAMES[0])
+        current = fleet.round(devices=1, deadline=0.1)
+        task = await start(current, NAMES[:1])
+        offer = offer_of(fleet.leases[0][1].lease, content)
+        assert current.objection(NAMES[0], offer) == ""
+        await asyncio.wait_for(task, 3)
+        assert "not open" in current.count(NAMES[0], offer, content)
+        assert current.metrics == []
+        assert fleet.ledger.updates(0) == []
+        assert states(fleet) == {NAMES[0]: "expired"}
+
+    asyncio.run(play())
+
+
+def test_of_two_updates_for_one_lease_the_first_counts(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES, keep_silent))
+        fleet.join(*NAMES)
+        current = fleet.round(devices=2)
+        task = await start(current)
+        lease = fleet.leases[0][1].lease
+        offers = [offer_of(lease, CONTENT, update=digit * 32) for digit in "12"]
+        assert [current.objection(NAMES[0], offer) for offer in offers] == ["", ""]
+        assert [bool(current.count(NAMES[0], offer, CONTENT)) for offer in offers] == [False, True]
+        assert [update.update for update in fleet.ledger.updates(0)] == ["1" * 32]
+        assert current.is_counted("1" * 32)
+        assert not current.is_counted("2" * 32)
+        await stop(task)
+
+    asyncio.run(play())
+
+
+def test_a_device_cannot_count_under_the_identifier_of_another(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES, keep_silent))
+        fleet.join(*NAMES)
+        current = fleet.round(devices=2)
+        task = await start(current)
+        leases = dict(fleet.leases)
+        reasons = [
+            current.count(device, offer_of(leases[device].lease, CONTENT, update="1" * 32), CONTENT)
+            for device in NAMES[:2]
+        ]
+        assert reasons[0] == ""
+        assert "counted before" in reasons[1]
+        assert [update.device for update in fleet.ledger.updates(0)] == [NAMES[0]]
+        await stop(task)
+
+    asyncio.run(play())
+
+
+def test_a_round_can_be_cancelled_in_the_turn_in_which_a_message_comes(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES, keep_silent))
+        fleet.join(*NAMES)
+        task = await start(fleet.round(devices=1))
+        fleet.changed.set()
+        task.cancel()
+        _, running = await asyncio.wait([task], timeout=1)
+        assert not running
+        assert fleet.listener is None
+
+    asyncio.run(play())
+
+
+def test_answers_about_leases_of_others_change_nothing(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES, keep_silent))
+        fleet.join(*NAMES)
+        current = fleet.round(devices=1)
+        task = await start(current)
+        lease = fleet.leases[0][1]
+        answer("failed")(fleet, NAMES[1], lease)
+        answer("accepted")(fleet, NAMES[1], lease)
+        assert states(fleet) == {NAMES[0]: "open"}
+        assert current.accepted_by == []
+        answer("accepted")(fleet, NAMES[0], lease)
+        answer("accepted")(fleet, NAMES[0], lease)
+        assert current.accepted_by == [NAMES[0]]
+        await stop(task)
+
+    asyncio.run(play())
+
+
+def test_a_restarted_server_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    async def before() -> list[tuple[str, Lease]]:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES[2:], keep_silent))
+        fleet.join(*NAMES)
+        task = await start(fleet.round(devices=3))
+        assert states(fleet) == {NAMES[0]: "done", NAMES[1]: "done", NAMES[2]: "open"}
+        await stop(task)
+        fleet.ledger.close()
+        return fleet.leases
+
+    async def after(leases: list[tuple[str, Lease]]) -> None:
+        fleet = Fleet(tmp_path)
+        current = fleet.round(devices=3)
+        assert_same(fleet.aggregator.result(), mean_of(NAMES[:2]))
+        assert len(current.metrics) == 2
+        assert current.asked == 3
+        assert current.bytes_up == 2 * len(CONTENT)
+        fleet.join(*NAMES)
+        await asyncio.wait_for(current.run(iter(NAMES)), 3)
+        assert fleet.leases == [leases[2]]
+        assert_same(fleet.aggregator.result(), mean_of(NAMES[:3]))
+        assert [row.state for row in fleet.ledger.leases(0)] == ["done"] * 3
+
+    asyncio.run(after(asyncio.run(before())))
+
+
+def test_a_restarted_server_repeats_a_lease_when_its_device_appears(tmp_path: Path) -> None:
+    async def before() -> list[tuple[str, Lease]]:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES, keep_silent))
+        fleet.join(NAMES[0])
+        await stop(await start(fleet.round(devices=1), NAMES[:1]))
+        fleet.ledger.close()
+        return fleet.leases
+
+    async def after(leases: list[tuple[str, Lease]]) -> None:
+        fleet = Fleet(tmp_path, {NAMES[0]: keep_silent})
+        current = fleet.round(devices=1)
+        task = await start(current)
+        assert fleet.leases == []
+        fleet.join(NAMES[0])
+        fleet.join(NAMES[0])
+        assert fleet.leases == leases
+        finish(fleet, *leases[0])
+        await asyncio.wait_for(task, 3)
+        assert len(current.metrics) == 1
+
+    asyncio.run(after(asyncio.run(before())))

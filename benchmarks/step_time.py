@@ -65,7 +65,7 @@ def measure(model: str, stage: Stage, batch: int, classes: int, runs: int, stock
         "program_bytes": len(program.content),
     }
     if stock:
-        step = trace_training_step(stage, OPTIMIZER, state, x, y, {})
+        step = trace_training_step(stage, OPTIMIZER, state, x, y, lambda graph, arguments: graph)
         lowered = lower_portable(step, [*state.tensors, x, y, torch.tensor(0.1)])
         row["stock_seconds"] = seconds(runner(lowered, state, x, y))
         row["stock_arena_bytes"] = lowered.arena_bytes

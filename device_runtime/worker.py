@@ -31,8 +31,9 @@ class Workers:
     ) -> None:
         if self._pool is not None:
             for process in list((self._pool._processes or {}).values()):
-                process.terminate()
-            self._pool.shutdown(wait=True, cancel_futures=True)
+                process.kill()
+            # Not waited for: before Python 3.12 the pool can wait for ever for a worker that died.
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def train(self, task: TrainingTask) -> TrainingMetrics:
         """Train `task` in a worker process.

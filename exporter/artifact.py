@@ -12,7 +12,7 @@ from torch import Tensor
 from frostline.exporter.executorch_lowering import LoweredProgram, lower_delegated, lower_portable
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.parity import Parity, check_parity
-from frostline.exporter.rewrites.executorch import REWRITES
+from frostline.exporter.rewrites.executorch import rewrite_for_executorch
 from frostline.exporter.stage import Stage
 from frostline.exporter.training_step import (
     StageState,
@@ -74,7 +74,7 @@ def compile_stage(stage: Stage, options: ExportOptions, prefix: Sequence[Program
     """
     tensors = _StageTensors.of(stage, options)
     training = _lower_training(stage, options, tensors)
-    traced = trace_evaluation(stage, tensors.state, tensors.x, REWRITES)
+    traced = trace_evaluation(stage, tensors.state, tensors.x, rewrite_for_executorch)
     state = tensors.state
     evaluation = lower_portable(traced, [*state.parameters.values(), *state.statistics.values(), tensors.x])
     parity = check_parity(stage, training, state, options)
@@ -131,7 +131,9 @@ class _StageTensors:
 
 
 def _lower_training(stage: Stage, options: ExportOptions, tensors: _StageTensors) -> LoweredProgram:
-    step = trace_training_step(stage, options.optimizer, tensors.state, tensors.x, tensors.y, REWRITES)
+    step = trace_training_step(
+        stage, options.optimizer, tensors.state, tensors.x, tensors.y, rewrite_for_executorch
+    )
     return lower_portable(step, [*tensors.state.tensors, tensors.x, tensors.y, tensors.learning_rate])
 
 
@@ -144,7 +146,8 @@ def _manifest(
     evaluation: LoweredProgram,
 ) -> StageManifest:
     state = tensors.state
-    trained = _specs(state.parameters) + _specs(state.statistics)
+    parameters = [_with_axes(spec, stage) for spec in _specs(state.parameters)]
+    trained = parameters + _specs(state.statistics)
     x, y, rate = _spec("x", tensors.x), _spec("y", tensors.y), _spec("learning_rate", tensors.learning_rate)
     results = [TensorSpec(name="loss", shape=()), TensorSpec(name="correct", dtype="int64", shape=())]
     logits = TensorSpec(name="logits", shape=(options.batch, options.classes))
@@ -155,7 +158,7 @@ def _manifest(
         engine="executorch",
         batch=options.batch,
         classes=options.classes,
-        parameters=_specs(state.parameters),
+        parameters=parameters,
         statistics=_specs(state.statistics),
         optimizer_state=_specs(state.optimizer_state),
         training=_program(training, [*trained, *_specs(state.optimizer_state), x, y, rate], results),
@@ -180,6 +183,11 @@ def _planned(training: LoweredProgram, evaluation: LoweredProgram, tensors: _Sta
 
 def _size(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _with_axes(spec: TensorSpec, stage: Stage) -> TensorSpec:
+    axes = stage.layout.axes.get(spec.name)
+    return spec.model_copy(update={"model_axes": axes}) if axes else spec
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> list[TensorSpec]:

@@ -16,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, export
+from torch.fx.passes.infra.pass_base import PassResult
+
+aten = torch.ops.aten
 
 _STDERR = 2
 
@@ -36,12 +40,13 @@ def lower_portable(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredPro
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
         from executorch.exir.passes import MemoryPlanningPass
 
-        # The traced graph holds copying variants and in-place copies that the core-ATen check does not list.
-        edge = to_edge(
-            _exported(module, arguments), compile_config=EdgeCompileConfig(_check_ir_validity=False)
-        )
+        # The traced graph holds copying variants and in-place copies that the core-ATen check does not list. Kept
+        # whole, `linear` multiplies by a transposed weight as it lies in memory.
+        configuration = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[aten.linear.default])
+        edge = to_edge(_exported(module, arguments), compile_config=configuration)
         planning = MemoryPlanningPass(alloc_graph_input=False)
-        return _serialized(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)))
+        backend = ExecutorchBackendConfig(passes=[write_back_early], memory_planning_pass=planning)
+        return _serialized(edge.to_executorch(backend))
 
 
 def lower_delegated(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredProgram:
@@ -54,6 +59,44 @@ def lower_delegated(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredPr
         edge = to_edge_transform_and_lower(_exported(module, arguments), partitioner=[XnnpackPartitioner()])
         planning = MemoryPlanningPass(alloc_graph_input=False)
         return _serialized(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)))
+
+
+def write_back_early(module: fx.GraphModule) -> PassResult:
+    """Move each write of a mutated input from the end of the program to where the input is last read.
+
+    ExecuTorch writes everything back at the end, each value after a copy, and returns it; the planned arena then holds
+    every new value at once.
+    """
+    from executorch.exir.dialects._ops import ops
+
+    graph = module.graph
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        mutated, value = write.all_input_nodes
+        if value.target is ops.edge.aten.copy.default:
+            # What is left of an in-place copy once it is made functional.
+            copy, value = value, value.all_input_nodes[1]
+            write.args = (mutated, value)
+            graph.erase_node(copy)
+        readers = [reader for reader in _readers(mutated) if reader is not write]
+        last = max([value, *readers], key=lambda node: position[node])
+        last.append(write)
+    # Returned as well, the mutated inputs would be planned a second time, as outputs.
+    output = graph.output_node()
+    results = [node for node in output.all_input_nodes if node.target is not aten.copy_.default]
+    output.args = (tuple(results),)
+    graph.lint()
+    return PassResult(module, True)
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that read a value, also through views, which share its memory once the program is lowered."""
+    from executorch.exir.dialects._ops import ops
+
+    for user in node.users:
+        yield user
+        if user.target is ops.edge.aten.view_copy.default:
+            yield from _readers(user)
 
 
 def _exported(module: nn.Module, arguments: Sequence[Tensor]) -> ExportedProgram:

@@ -42,10 +42,10 @@ class SGD:
         for name, parameter in parameters.items():
             direction = gradients[name]
             if self.weight_decay:
-                direction = direction + parameter * self.weight_decay
+                direction = torch.add(direction, parameter, alpha=self.weight_decay)
             if self.momentum:
                 # A zero buffer makes the first step equal to PyTorch's, which starts from the gradient itself.
-                direction = state[f"momentum.{name}"] * self.momentum + direction
+                direction = torch.add(direction, state[f"momentum.{name}"], alpha=self.momentum)
                 new_state[f"momentum.{name}"] = direction
             new_parameters[name] = parameter - direction * learning_rate
         return new_parameters, new_state

@@ -48,7 +48,8 @@ def check_parity(stage: Stage, training: LoweredProgram, state: StageState, opti
     want_losses, want, moved = _train_eagerly(stage, options, batches)
     loss_error = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, want_losses, strict=True))
     errors = {}
-    for name, value in trained.items():
+    for name, held in trained.items():
+        value = stage.layout.model(name, held)
         # A tensor whose gradient vanishes (a bias before a norm) moves by rounding only: an absolute floor for it.
         scale = max(float(moved[name].norm()), 1e-5 * float(want[name].norm()), 1e-6)
         errors[name] = float((value.double() - want[name]).norm()) / scale

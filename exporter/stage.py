@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from frostline.exporter.cutting import CutModel
+from frostline.exporter.layout import Layout
 from frostline.exporter.output_module import OutputModule, build_output_module
 
 
@@ -50,6 +52,11 @@ class Stage:
     model: StageModel
     input_shape: tuple[int, ...]
 
+    @cached_property
+    def layout(self) -> Layout:
+        """The order in which devices hold the stage's tensors."""
+        return Layout.of(self.model)
+
 
 def build_stage(cut: CutModel, index: int, seed: int) -> Stage:
     """Stage `index` of `cut`; the output module's values come from `seed`."""
@@ -67,8 +74,12 @@ def build_whole_model(cut: CutModel) -> Stage:
 
 
 def trainable_tensors(stage: Stage) -> dict[str, Tensor]:
-    """Copies of the stage's parameters by name; those the model has frozen are constants of its programs."""
-    return {name: p.detach().clone() for name, p in stage.model.named_parameters() if p.requires_grad}
+    """Copies of the stage's parameters by name, as devices hold them (see `frostline.exporter.layout`).
+
+    Those the model has frozen are constants of its programs.
+    """
+    parameters = {name: p.detach().clone() for name, p in stage.model.named_parameters() if p.requires_grad}
+    return {name: stage.layout.held(name, p) for name, p in parameters.items()}
 
 
 def statistics_tensors(stage: Stage) -> dict[str, Tensor]:
@@ -80,9 +91,9 @@ def statistics_tensors(stage: Stage) -> dict[str, Tensor]:
 
 
 def load_tensors(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` over the stage's values of the same name; other names are left out."""
+    """Write `tensors`, as devices hold them, over the stage's values of the same name; others are left out."""
     own = stage.model.state_dict()
     with torch.no_grad():
         for name, value in tensors.items():
             if name in own:
-                own[name].copy_(value)
+                own[name].copy_(stage.layout.model(name, value))

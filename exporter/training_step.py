@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
 
-Rewrites = Mapping[Any, Callable[..., Any]]
+Rewrite = Callable[[fx.GraphModule, Sequence[Tensor]], fx.GraphModule]
+"""Turns a traced graph into one its runtime executes well, given the graph's arguments."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ class TracedEvaluation(nn.Module):
 
 
 def trace_training_step(
-    stage: Stage, optimizer: SGD, state: StageState, x: Tensor, y: Tensor, rewrites: Rewrites
+    stage: Stage, optimizer: SGD, state: StageState, x: Tensor, y: Tensor, rewrite: Rewrite
 ) -> TracedTrainingStep:
-    """Trace a step on the shapes of `x` and `y`, with `rewrites` applied to forward and backward alike.
+    """Trace a step on the shapes of `x` and `y`, with `rewrite` applied to the graph.
 
     The loss is the mean cross-entropy of the stage's logits.
     """
@@ -88,23 +90,47 @@ def trace_training_step(
         statistics = dict(zip(statistics_names, rest, strict=False))
         optimizer_state = dict(zip(state.optimizer_state, rest[len(statistics_names) :], strict=True))
 
-        def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
-            # The model writes its running statistics in place; it gets copies, so that the caller's tensors change
-            # only once the whole step has been computed.
-            mutated = {name: value.clone() for name, value in {**statistics, **fixed}.items()}
-            logits = functional_call(stage.model, {**parameters, **mutated}, (x,))
-            return F.cross_entropy(logits, y), (mutated, (logits.argmax(1) == y).sum())
+        # The model writes its running statistics in place; it gets copies, so that the caller's tensors change only
+        # once the whole step has been computed.
+        mutated = {name: value.clone() for name, value in {**statistics, **fixed}.items()}
+        leaves = {
+            name: stage.layout.model(name, value.detach()).requires_grad_()
+            for name, value in parameters.items()
+        }
+        with torch.enable_grad():
+            logits = functional_call(stage.model, {**leaves, **mutated}, (x,))
+            loss = F.cross_entropy(logits, y)
+        new_parameters: dict[str, Tensor] = {}
+        new_state: dict[str, Tensor] = {}
 
-        gradients, (loss, (mutated, correct)) = grad_and_value(loss_of, has_aux=True)(parameters)
-        new_parameters, new_state = optimizer.update(parameters, gradients, optimizer_state, learning_rate)
+        def update(name: str, gradient: Tensor) -> None:
+            gradients = {name: stage.layout.held_view(name, gradient)}
+            changed, state = optimizer.update(
+                {name: parameters[name]}, gradients, optimizer_state, learning_rate
+            )
+            new_parameters.update(changed)
+            new_state.update(state)
+
+        # Each parameter is updated as soon as its gradient is known, so that gradients are never held together.
+        for name, leaf in leaves.items():
+            leaf.register_hook(partial(update, name))
+        # Plain autograd, not torch.func.grad: that asks for gradients that can be differentiated again, and gets
+        # norms taken apart into dozens of operators in place of their backward operators.
+        torch.autograd.grad(loss, list(leaves.values()))
+        correct = (logits.argmax(1) == y).sum()
         new_statistics = {name: mutated[name] for name in statistics_names}
-        return [*new_parameters.values(), *new_statistics.values(), *new_state.values()], loss, correct
+        new = [
+            *(new_parameters[name] for name in parameter_names),
+            *new_statistics.values(),
+            *(new_state[name] for name in state.optimizer_state),
+        ]
+        return new, loss.detach(), correct
 
-    graph = _trace(step, [*state.tensors, x, y, torch.tensor(0.1)], rewrites)
+    graph = _trace(step, [*state.tensors, x, y, torch.tensor(0.1)], rewrite)
     return TracedTrainingStep(graph)
 
 
-def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrites: Rewrites) -> TracedEvaluation:
+def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrite: Rewrite) -> TracedEvaluation:
     """Trace the stage's forward pass in evaluation mode."""
     stage.model.eval()
     names = [*state.parameters, *state.statistics]
@@ -112,24 +138,21 @@ def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrites: Rewri
 
     def evaluate(*arguments: Tensor) -> Tensor:
         *tensors, x = arguments
-        logits: Tensor = functional_call(
-            stage.model, {**dict(zip(names, tensors, strict=True)), **fixed}, (x,)
-        )
+        values = {name: stage.layout.model(name, t) for name, t in zip(names, tensors, strict=True)}
+        logits: Tensor = functional_call(stage.model, {**values, **fixed}, (x,))
         return logits
 
     tensors = [*state.parameters.values(), *state.statistics.values()]
-    return TracedEvaluation(_trace(evaluate, [*tensors, x], rewrites))
+    return TracedEvaluation(_trace(evaluate, [*tensors, x], rewrite))
 
 
 def _fixed_buffers(stage: Stage) -> dict[str, Tensor]:
     return {name: b for name, b in stage.model.named_buffers() if not torch.is_floating_point(b)}
 
 
-def _trace(function: Callable[..., Any], arguments: list[Tensor], rewrites: Rewrites) -> fx.GraphModule:
-    traced = make_fx(
-        function, decomposition_table=dict(rewrites), tracing_mode="fake", _allow_non_fake_inputs=True
-    )
+def _trace(function: Callable[..., Any], arguments: list[Tensor], rewrite: Rewrite) -> fx.GraphModule:
+    traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
     graph: fx.GraphModule = traced(*arguments)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph
+    return rewrite(graph, arguments)

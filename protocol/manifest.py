@@ -23,11 +23,18 @@ class _Document(BaseModel):
 
 
 class TensorSpec(_Document):
-    """Name, dtype and shape of one tensor."""
+    """Name, dtype and shape of one tensor.
+
+    Attributes
+    ----------
+    model_axes : tuple of int or None
+        Where devices hold a parameter in another order than the model: the model's axes in the order they are held.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=512)]
     dtype: DType = "float32"
     shape: Annotated[tuple[Dimension, ...], Field(max_length=8)]
+    model_axes: Annotated[tuple[Dimension, ...], Field(max_length=8)] | None = None
 
     @property
     def size_bytes(self) -> int:

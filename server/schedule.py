@@ -116,7 +116,7 @@ class GrowingSchedule:
         self._prefix_files[program.file.sha256] = content
         if self._features is not None:
             self._features = self._forward(stage.model.block.eval(), self._features)
-        load_tensors(self._stages[index + 1], stage.model.state_dict())
+        load_tensors(self._stages[index + 1], {**trainable_tensors(stage), **statistics_tensors(stage)})
 
     def trained_model(self) -> torch.nn.Module:
         """The whole model with every frozen block and the last head in place."""

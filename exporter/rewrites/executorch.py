@@ -1,25 +1,47 @@
-"""The rewrite table of the ExecuTorch lowering: ATen operator to function over faster ATen operators."""
+"""The rewrites of the ExecuTorch lowering."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from frostline.exporter.rewrites import convolution, linear, normalization, pooling
+from frostline.exporter.rewrites.interpreter import RewritingInterpreter
 
 aten = torch.ops.aten
 
-REWRITES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    aten.addmm.default: linear.addmm,
-    aten.convolution.default: convolution.convolution,
-    aten.convolution_backward.default: convolution.convolution_backward,
-    aten.native_group_norm.default: normalization.group_norm,
-    aten.native_group_norm_backward.default: normalization.group_norm_backward,
-    aten.max_pool2d_with_indices.default: pooling.max_pool2d,
-    aten.max_pool2d_with_indices_backward.default: pooling.max_pool2d_backward,
-    aten.native_batch_norm.default: normalization.batch_norm,
-    aten._native_batch_norm_legit.default: normalization.batch_norm,
-    aten.native_batch_norm_backward.default: normalization.batch_norm_backward,
-}
+
+def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """The same graph in the operators that ExecuTorch's portable runtime executes fast.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        A flat graph of ATen operators.
+    arguments : sequence of Tensor
+        Its inputs; only their shapes and dtypes matter.
+    """
+    traced = make_fx(
+        RewritingInterpreter(graph).run,
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,
+    )
+    rewritten: fx.GraphModule = traced(*arguments)
+    _join_linear(rewritten.graph)
+    rewritten.graph.eliminate_dead_code()
+    rewritten.recompile()
+    return rewritten
+
+
+def _join_linear(graph: fx.Graph) -> None:
+    """Products by a transposed matrix become `linear`, which the runtime executes without turning the matrix.
+
+    It cannot be traced as such: it is a composite operator, and tracing takes those apart.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        rows, matrix = node.args
+        if isinstance(matrix, fx.Node) and matrix.target is aten.t.default:
+            node.target = aten.linear.default
+            node.args = (rows, matrix.args[0])

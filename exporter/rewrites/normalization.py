@@ -1,4 +1,8 @@
-"""Group and batch normalization, forward and backward, in the operators the portable runtime executes fast."""
+"""Group and batch normalization, forward and backward, on channels-last tensors.
+
+Written as sums over pixels, which give one value a channel, and per-channel factors: multiplying by a row, adding one
+and summing over rows are among the fastest operators of the portable runtime.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,16 @@ from torch import Tensor
 
 
 def group_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, size: int, groups: int, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`aten.native_group_norm` of `x` (N, C, *spatial): output, mean (N, groups), 1 / deviation (N, groups)."""
-    rows = x.reshape(n * groups, -1)
-    mean = rows.mean(1, keepdim=True)
-    centred = rows - mean
-    scale = torch.rsqrt((centred * centred).mean(1, keepdim=True) + eps)
-    y = (centred * scale).reshape(x.shape)
-    channel = [1, c] + [1] * (x.dim() - 2)
-    if weight is not None:
-        y = y * weight.reshape(channel)
-    if bias is not None:
-        y = y + bias.reshape(channel)
-    return y, mean.reshape(n, groups), scale.reshape(n, groups)
+    """Normalize `x` (N, *spatial, C): output, mean (N, groups), 1 / deviation (N, groups)."""
+    rows = _pixels(x)
+    mean = _group_mean(rows.sum(1), groups, rows.shape[1])
+    centred = rows - _by_channel(mean, rows)
+    scale = torch.rsqrt(_group_mean((centred * centred).sum(1), groups, rows.shape[1]) + eps)
+    factor = _by_channel(scale, rows)
+    y = centred * (factor if weight is None else factor * weight)
+    return (y if bias is None else y + bias).reshape(x.shape), mean, scale
 
 
 def group_norm_backward(
@@ -31,24 +31,26 @@ def group_norm_backward(
     mean: Tensor,
     scale: Tensor,
     weight: Tensor | None,
-    n: int,
-    c: int,
-    size: int,
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`aten.native_group_norm_backward`, from the statistics of the forward pass."""
-    rows, row_scale = (n * groups, -1), scale.reshape(-1, 1)
-    normalized = (x.reshape(rows) - mean.reshape(-1, 1)) * row_scale
-    channel = (n, c, -1)
+    """Gradients of input (N, *spatial, C), weight (C,) and bias (C,), from the statistics of the forward pass."""
+    rows, grads = _pixels(x), _pixels(grad)
+    centred = rows - _by_channel(mean, rows)
+    grad_sum = grads.sum(1)
+    product_sum = (grads * centred).sum(1)
+    spread_scale = _by_channel(scale, rows)
     grad_x = grad_weight = grad_bias = None
     if output_mask[0]:
-        scaled = grad if weight is None else grad * weight.reshape(1, c, *[1] * (x.dim() - 2))
-        grad_x = _standardized_backward(scaled.reshape(rows), normalized, row_scale, 1).reshape(x.shape)
+        weighted = (grad_sum, product_sum) if weight is None else (grad_sum * weight, product_sum * weight)
+        grad_mean = _by_channel(_group_mean(weighted[0], groups, rows.shape[1]) * scale, rows)
+        slope = _by_channel(_group_mean(weighted[1], groups, rows.shape[1]) * scale * scale * scale, rows)
+        factor = spread_scale if weight is None else spread_scale * weight
+        grad_x = (grads * factor - centred * slope - grad_mean).reshape(x.shape)
     if output_mask[1]:
-        grad_weight = (grad.reshape(channel) * normalized.reshape(channel)).sum(2).sum(0)
+        grad_weight = (product_sum * spread_scale.reshape(product_sum.shape)).sum(0)
     if output_mask[2]:
-        grad_bias = grad.reshape(channel).sum(2).sum(0)
+        grad_bias = grad_sum.sum(0)
     return grad_x, grad_weight, grad_bias
 
 
@@ -62,17 +64,16 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`aten._native_batch_norm_legit` of `x` (N, C, *spatial): output, mean (C,), 1 / deviation (C,).
+    """Normalize `x` (N, *spatial, C): output, mean (C,), 1 / deviation (C,).
 
     In training the running statistics are updated in place, the variance unbiased, as PyTorch does.
     """
-    axes = [0, *range(2, x.dim())]
-    channel = [1, -1] + [1] * (x.dim() - 2)
+    rows = x.reshape(-1, x.shape[-1])
     if training:
-        mean = x.mean(axes)
-        centred = x - mean.reshape(channel)
-        variance = (centred * centred).mean(axes)
-        count = x.numel() // x.shape[1]
+        count = rows.shape[0]
+        mean = rows.sum(0) / count
+        centred = rows - mean
+        variance = (centred * centred).sum(0) / count
         if running_mean is not None and running_var is not None:
             unbiased = momentum * count / max(count - 1, 1)
             running_mean.copy_(running_mean * (1 - momentum) + mean * momentum)
@@ -80,11 +81,10 @@ def batch_norm(
     else:
         assert running_mean is not None and running_var is not None
         mean, variance = running_mean, running_var
-        centred = x - mean.reshape(channel)
+        centred = rows - mean
     scale = torch.rsqrt(variance + eps)
-    y = centred * (scale if weight is None else scale * weight).reshape(channel)
-    if bias is not None:
-        y = y + bias.reshape(channel)
+    y = centred * (scale if weight is None else scale * weight)
+    y = (y if bias is None else y + bias).reshape(x.shape)
     empty = x.new_empty((0,))
     return (y, mean, scale) if training else (y, empty, empty)
 
@@ -101,30 +101,40 @@ def batch_norm_backward(
     eps: float,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`aten.native_batch_norm_backward`; outside training the statistics are constants."""
-    axes = [0, *range(2, x.dim())]
-    channel = [1, -1] + [1] * (x.dim() - 2)
+    """Gradients of input (N, *spatial, C), weight (C,) and bias (C,); outside training the statistics are constants."""
     if not training:
         assert running_mean is not None and running_var is not None
         mean, scale = running_mean, torch.rsqrt(running_var + eps)
     assert mean is not None and scale is not None
-    normalized = (x - mean.reshape(channel)) * scale.reshape(channel)
-    grad_bias, grad_weight = grad.sum(axes), (grad * normalized).sum(axes)
-    slope = (scale if weight is None else scale * weight).reshape(channel)
-    grad_x = grad
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+    centred = rows - mean
+    grad_bias = grads.sum(0)
+    grad_weight = (grads * centred).sum(0) * scale
+    factor = scale if weight is None else scale * weight
+    grad_x = grads * factor
     if training:
-        count = x.numel() // x.shape[1]
-        grad_x = grad - (grad_bias / count).reshape(channel)
-        grad_x = grad_x - normalized * (grad_weight / count).reshape(channel)
+        count = rows.shape[0]
+        grad_x = grad_x - centred * (grad_weight * scale * factor / count) - grad_bias * factor / count
     return (
-        grad_x * slope if output_mask[0] else None,
+        grad_x.reshape(x.shape) if output_mask[0] else None,
         grad_weight if output_mask[1] else None,
         grad_bias if output_mask[2] else None,
     )
 
 
-def _standardized_backward(grad: Tensor, normalized: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """Gradient through `(x - mean) * scale` taken over `axis`, where mean and scale depend on `x`."""
-    mean_grad = grad.mean(axis, keepdim=True)
-    mean_product = (grad * normalized).mean(axis, keepdim=True)
-    return (grad - mean_grad - normalized * mean_product) * scale
+def _pixels(x: Tensor) -> Tensor:
+    """(N, *spatial, C) as (N, pixels, C)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _group_mean(sums: Tensor, groups: int, pixels: int) -> Tensor:
+    """Means over each group from the sums over pixels, (N, C) to (N, groups)."""
+    width = sums.shape[1] // groups
+    return sums.reshape(sums.shape[0], groups, width).sum(2) / (width * pixels)
+
+
+def _by_channel(values: Tensor, rows: Tensor) -> Tensor:
+    """(N, groups) repeated for the channels of each group of `rows` (N, pixels, C): (N, 1, C)."""
+    n, groups = values.shape
+    width = rows.shape[2] // groups
+    return values.reshape(n, groups, 1).expand(n, groups, width).reshape(n, 1, rows.shape[2])

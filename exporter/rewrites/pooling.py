@@ -1,105 +1,81 @@
-"""Max pooling over shifted slices.
+"""Max and average pooling over channels-last windows.
 
-The portable kernel of the backward pass adds into memory it never clears, so in a planned arena it returns what was
-there before; and both directions take 15 ns an element. Here a maximum's place is found by arithmetic alone.
+The portable kernel of max pooling's backward adds into memory it never clears, so in a planned arena it returns what was
+there before; and comparing, selecting and taking maxima cost fifteen times an addition. Here maxima and their places are
+found with subtraction, multiplication and ReLU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
-from frostline.exporter.rewrites.windows import add_taps, crop, pad, slice_taps
+from frostline.exporter.rewrites.activation import is_positive
+from frostline.exporter.rewrites.windows import Windows
 
-LOWEST = torch.finfo(torch.float32).min
-STEEP = 1e38
+LOWEST = -1e30
+"""Fills the margin: below every activation, and far enough from the limit that a difference of two stays finite."""
 
 
-def max_pool2d(
-    x: Tensor,
+def max_pool(x: Tensor, windows: Windows) -> Tensor:
+    """The largest value in each window of `x` (N, *spatial, C), within one rounding: (N, *output, C)."""
+    taps = windows.cut(x, LOWEST)
+    largest = next(taps)
+    for tap in taps:
+        rise = torch.relu(tap - largest)
+        largest = _either(is_positive(rise), tap, largest) if windows.has_margins else largest + rise
+    return largest
+
+
+def max_pool_backward(grad: Tensor, x: Tensor, windows: Windows) -> Tensor:
+    """Hand `grad` (N, *output, C) to the first of the largest values in each window."""
+    taps = windows.cut(x, LOWEST)
+    largest = next(taps)
+    claims = [torch.ones_like(largest)]
+    for tap in taps:
+        rise = torch.relu(tap - largest)
+        wins = is_positive(rise)
+        claims = [claim - claim * wins for claim in claims]
+        claims.append(wins)
+        largest = _either(wins, tap, largest) if windows.has_margins else largest + rise
+    return windows.add(grad * claim for claim in claims)
+
+
+def _either(first: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`a` where `first` is 1, `b` where it is 0: adding what a value rises by would lose it against `LOWEST`."""
+    return a * first + b * (1 - first)
+
+
+def average_pool(x: Tensor, windows: Windows) -> Tensor:
+    """The mean of each window of `x` (N, *spatial, C), margins counted as zeros: (N, *output, C)."""
+    return reduce(add, windows.cut(x)) * (1 / windows.taps)
+
+
+def average_pool_backward(grad: Tensor, windows: Windows) -> Tensor:
+    """Hand each window's share of `grad` (N, *output, C) to every pixel it saw."""
+    share = grad * (1 / windows.taps)
+    return windows.add(share for _ in range(windows.taps))
+
+
+def windows_of_pool(
+    spatial: Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int] = (),
     padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     ceil_mode: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`aten.max_pool2d_with_indices`; the indices are left empty, since `max_pool2d_backward` needs none."""
-    geometry = _Geometry(x, kernel, stride, padding, dilation, ceil_mode)
-    return reduce(torch.maximum, geometry.taps(x)), x.new_empty(0, dtype=torch.int64)
+) -> Windows:
+    """The windows of ATen's pooling arguments, which may be shortened to one entry or none."""
+    axes = len(spatial)
 
+    def each(values: Sequence[int]) -> Sequence[int]:
+        return values if len(values) == axes else list(values) * axes
 
-def max_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    indices: Tensor,
-) -> Tensor:
-    """`aten.max_pool2d_with_indices_backward`: of equal maxima the first in the window gets the gradient."""
-    geometry = _Geometry(x, kernel, stride, padding, dilation, ceil_mode)
-    taps = list(geometry.taps(x))
-    maximum = reduce(torch.maximum, taps)
-    shares = []
-    unclaimed: Tensor | None = None
-    for tap in taps:
-        # 1 where the tap is the maximum, 0 where it is any smaller: comparisons are 30 times slower than this.
-        claim = torch.relu(1 - (maximum - tap) * STEEP)
-        if unclaimed is not None:
-            claim = claim * unclaimed
-        unclaimed = 1 - claim if unclaimed is None else unclaimed - claim
-        shares.append(grad * claim)
-    return geometry.scatter(shares)
-
-
-class _Geometry:
-    """The windows of one pooling, with defaults and ceil mode worked out."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        ceil_mode: bool,
-    ) -> None:
-        self.spatial = list(x.shape[-2:])
-        self.kernel = _pair(kernel)
-        self.stride = _pair(stride) if len(stride) else self.kernel
-        self.before = _pair(padding)
-        self.dilation = _pair(dilation)
-        self.output = [self._output(axis, ceil_mode) for axis in range(2)]
-        self.after = [
-            max((out - 1) * s + d * (k - 1) + 1 - size - b, 0)
-            for out, s, d, k, size, b in zip(
-                self.output, self.stride, self.dilation, self.kernel, self.spatial, self.before, strict=True
-            )
-        ]
-
-    def taps(self, x: Tensor) -> Iterator[Tensor]:
-        padded = pad(x, self.before, self.after, LOWEST)
-        return slice_taps(padded, self.kernel, self.output, self.stride, self.dilation)
-
-    def scatter(self, shares: Sequence[Tensor]) -> Tensor:
-        padded = [size + b + a for size, b, a in zip(self.spatial, self.before, self.after, strict=True)]
-        total = add_taps(shares, padded, self.kernel, self.stride, self.dilation)
-        return crop(total, self.before, self.spatial)
-
-    def _output(self, axis: int, ceil_mode: bool) -> int:
-        size, before, stride = self.spatial[axis], self.before[axis], self.stride[axis]
-        room = size + 2 * before - self.dilation[axis] * (self.kernel[axis] - 1) - 1
-        if not ceil_mode:
-            return room // stride + 1
-        output = -(-room // stride) + 1
-        # PyTorch lets no window begin in the margin behind the image.
-        return output - 1 if (output - 1) * stride >= size + before else output
-
-
-def _pair(values: Sequence[int]) -> list[int]:
-    return [*values] if len(values) == 2 else [values[0], values[0]]
+    steps = stride if len(stride) else kernel
+    return Windows.over(
+        spatial, each(kernel), each(steps), each(padding), each(dilation), ceil_mode=ceil_mode
+    )

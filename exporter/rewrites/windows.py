@@ -1,12 +1,16 @@
-"""Sliding windows as one strided slice for each position in the window, and their transpose.
+"""Sliding windows over channels-last tensors (N, *spatial, C), and their transpose.
 
-Axes are moved and cut with the copying variants of the operators: the runtime has no strides, so each is a copy there,
-and saying so here keeps every tensor contiguous and each following reshape free.
+A window's position is one strided slice along each spatial axis. With the channels last the runtime copies such a slice
+in runs of C values, ten times faster than single ones. Axes are cut with the copying variants of the operators: the
+runtime has no strides, so each is a copy there, and saying so keeps every tensor contiguous.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,90 +18,144 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def pad(x: Tensor, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Tensor:
-    """`x` with margins around its last axes, one entry of `before` and `after` for each of them."""
-    margins = [m for pair in zip(reversed(before), reversed(after), strict=True) for m in pair]
-    return aten.constant_pad_nd(x, margins, value) if any(margins) else x
+@dataclass(frozen=True)
+class Windows:
+    """The geometry of a kernel moving over `spatial` pixels, one entry of each field an axis.
 
-
-def slice_taps(
-    padded: Tensor,
-    kernel: Sequence[int],
-    output: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-) -> Iterator[Tensor]:
-    """For each position in the window, the elements of `padded` (..., *spatial) it sees, each (..., *output).
-
-    A tap is cut when it is asked for: memory is planned in the order of the graph. Positions that share a row of the
-    window share its cut, which leaves a smaller graph.
+    Attributes
+    ----------
+    before, after : list of int
+        Margins; a negative `after` cuts pixels off that no window sees.
+    output : list of int
+        How many positions the kernel takes.
     """
-    if not kernel:
-        yield padded
-        return
-    for row in slice_axis(padded, padded.dim() - len(kernel), kernel[0], output[0], stride[0], dilation[0]):
-        yield from slice_taps(row, kernel[1:], output[1:], stride[1:], dilation[1:])
+
+    spatial: list[int]
+    kernel: list[int]
+    stride: list[int]
+    dilation: list[int]
+    before: list[int]
+    after: list[int]
+    output: list[int]
+
+    @classmethod
+    def over(
+        cls,
+        spatial: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        *,
+        ceil_mode: bool = False,
+    ) -> Windows:
+        """The windows PyTorch's convolution and pooling see, with the same margin on either side."""
+        axes = zip(spatial, kernel, stride, padding, dilation, strict=True)
+        output = [_positions(*axis, ceil_mode=ceil_mode) for axis in axes]
+        after = [
+            (count - 1) * s + d * (k - 1) + 1 - size - margin
+            for count, s, d, k, size, margin in zip(
+                output, stride, dilation, kernel, spatial, padding, strict=True
+            )
+        ]
+        return cls(list(spatial), list(kernel), list(stride), list(dilation), list(padding), after, output)
+
+    @property
+    def taps(self) -> int:
+        """Pixels a window sees."""
+        return math.prod(self.kernel)
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether any window sees pixels outside."""
+        return any(margin > 0 for margin in (*self.before, *self.after))
+
+    def cut(self, x: Tensor, fill: float = 0.0) -> Iterator[Tensor]:
+        """For each place in the kernel, the pixels of `x` (N, *spatial, C) it sees: (N, *output, C).
+
+        They are cut when they are asked for: memory is planned in the order of the graph.
+        """
+        padded = _pad(x, self.before, self.after, fill)
+        if len(self.kernel) == 1:
+            yield from (self._cut_axis(padded, 0, offset) for offset in range(self.kernel[0]))
+            return
+        inner = [range(k) for k in self.kernel[1:]]
+        for first in range(self.kernel[0]):
+            # One cut along the first axis serves every place along the others.
+            rows = self._cut_axis(padded, 0, first)
+            for offsets in itertools.product(*inner):
+                tap = rows
+                for axis, offset in enumerate(offsets, 1):
+                    tap = self._cut_axis(tap, axis, offset)
+                yield tap
+
+    def add(self, taps: Iterable[Tensor]) -> Tensor:
+        """The transpose of `cut`: each tap (N, *output, C) added back onto the pixels it saw, (N, *spatial, C).
+
+        Taps whose places are equal modulo the stride fall on the same pixels, so they are summed on the coarse grid
+        before the grids are woven together.
+        """
+        coarse = [-(-(b + size + max(a, 0)) // s) for b, size, a, s in self._sizes()]
+        phases: dict[tuple[int, ...], Tensor] = {}
+        for tap, offsets in zip(taps, itertools.product(*(range(k) for k in self.kernel)), strict=True):
+            begins = [offset * d for offset, d in zip(offsets, self.dilation, strict=True)]
+            phase = tuple(begin % s for begin, s in zip(begins, self.stride, strict=True))
+            starts = [begin // s for begin, s in zip(begins, self.stride, strict=True)]
+            ends = [size - b - count for size, b, count in zip(coarse, starts, self.output, strict=True)]
+            placed = _pad(tap, starts, ends, 0.0)
+            phases[phase] = phases[phase] + placed if phase in phases else placed
+        woven = self._weave(phases)
+        return _pad(woven, [-b for b in self.before], self._surplus(woven), 0.0)
+
+    def _cut_axis(self, x: Tensor, axis: int, offset: int) -> Tensor:
+        begin, count, stride = offset * self.dilation[axis], self.output[axis], self.stride[axis]
+        if begin == 0 and stride == 1 and count == x.shape[axis + 1]:
+            return x
+        return aten.slice_copy(x, axis + 1, begin, begin + (count - 1) * stride + 1, stride)
+
+    def _weave(self, phases: dict[tuple[int, ...], Tensor]) -> Tensor:
+        """Interleave the coarse grids, one for each phase, into the fine one."""
+        for axis in reversed(range(len(self.stride))):
+            if self.stride[axis] == 1:
+                phases = {phase[:axis]: grid for phase, grid in phases.items()}
+                continue
+            grids: dict[tuple[int, ...], list[Tensor | None]] = {}
+            for phase, grid in phases.items():
+                grids.setdefault(phase[:axis], [None] * self.stride[axis])[phase[axis]] = grid
+            phases = {outer: _interleave(parts, axis + 1) for outer, parts in grids.items()}
+        return phases[()]
+
+    def _surplus(self, woven: Tensor) -> list[int]:
+        sizes = zip(self.spatial, self.before, woven.shape[1:], strict=False)
+        return [size + before - width for size, before, width in sizes]
+
+    def _sizes(self) -> Iterator[tuple[int, int, int, int]]:
+        return zip(self.before, self.spatial, self.after, self.stride, strict=True)
 
 
-def slice_axis(
-    x: Tensor, axis: int, kernel: int, output: int, stride: int, dilation: int
-) -> Iterator[Tensor]:
-    """For each position in a window along one axis, the `output` elements of `x` it sees."""
-    for begin in range(0, kernel * dilation, dilation):
-        whole = output == x.shape[axis]
-        yield x if whole else aten.slice_copy(x, axis, begin, begin + (output - 1) * stride + 1, stride)
+def _positions(size: int, kernel: int, stride: int, margin: int, dilation: int, *, ceil_mode: bool) -> int:
+    room = size + 2 * margin - dilation * (kernel - 1) - 1
+    if not ceil_mode:
+        return room // stride + 1
+    count = -(-room // stride) + 1
+    # PyTorch lets no window begin in the margin behind the image.
+    return count - 1 if (count - 1) * stride >= size + margin else count
 
 
-def add_taps(
-    taps: Iterable[Tensor],
-    spatial: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """The transpose of `slice_taps`: each tap added back where it was cut from, (..., *spatial)."""
-    taps = iter(taps)
-    if not kernel:
-        return next(taps)
-    total: Tensor | None = None
-    for begin in range(0, kernel[0] * dilation[0], dilation[0]):
-        row = add_taps(taps, spatial[1:], kernel[1:], stride[1:], dilation[1:])
-        axis = row.dim() - len(kernel)
-        row = _spread(row, axis, stride[0])
-        rest = [0] * (len(kernel) - 1)
-        placed = pad(row, [begin, *rest], [spatial[0] - begin - row.shape[axis], *rest])
-        total = placed if total is None else total + placed
-    assert total is not None
-    return total
+def _pad(x: Tensor, before: Sequence[int], after: Sequence[int], fill: float) -> Tensor:
+    """`x` (N, *spatial, C) with margins; negative ones cut off."""
+    for axis, (b, a) in enumerate(zip(before, after, strict=True), 1):
+        if b < 0 or a < 0:
+            x = aten.slice_copy(x, axis, max(-b, 0), x.shape[axis] + min(a, 0))
+    margins = [0, 0]
+    for b, a in zip(reversed(before), reversed(after), strict=True):
+        margins += [max(b, 0), max(a, 0)]
+    return aten.constant_pad_nd(x, margins, fill) if any(margins) else x
 
 
-def crop(x: Tensor, before: Sequence[int], spatial: Sequence[int]) -> Tensor:
-    """The part of `x` (..., *padded) that begins at `before` and has shape `spatial` in its last axes."""
-    first = x.dim() - len(spatial)
-    for axis, (begin, size) in enumerate(zip(before, spatial, strict=True), first):
-        if (begin, size) != (0, x.shape[axis]):
-            x = aten.slice_copy(x, axis, begin, begin + size)
-    return x
-
-
-def window_count(
-    spatial: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    margins: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:
-    """How many windows fit along each axis, with `margins` on either side."""
-    axes = zip(spatial, kernel, stride, margins, dilation, strict=True)
-    return [(size + 2 * m - d * (k - 1) - 1) // s + 1 for size, k, s, m, d in axes]
-
-
-def _spread(x: Tensor, axis: int, stride: int) -> Tensor:
-    """`x` with `stride - 1` zeros put between neighbours along `axis`."""
-    if stride == 1:
-        return x
-    size = x.shape[axis]
-    margins = [0, 0] * (x.dim() - axis - 1) + [0, stride - 1]
-    shape = [*x.shape[:axis], size * stride, *x.shape[axis + 1 :]]
-    widened = aten.constant_pad_nd(x.unsqueeze(axis + 1), margins, 0.0).reshape(shape)
-    return aten.slice_copy(widened, axis, 0, (size - 1) * stride + 1)
+def _interleave(parts: Sequence[Tensor | None], axis: int) -> Tensor:
+    """Weave equally shaped `parts` along `axis`; what is None is zeros."""
+    known = next(part for part in parts if part is not None)
+    full = [torch.zeros_like(known) if part is None else part for part in parts]
+    shape = [*known.shape[:axis], known.shape[axis] * len(parts), *known.shape[axis + 1 :]]
+    return torch.cat([part.unsqueeze(axis + 1) for part in full], axis + 1).reshape(shape)

@@ -78,11 +78,13 @@ def _by_name(specs: list[TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def test_manifest_lists_the_tensors_in_the_order_of_the_arguments(exported: Exported) -> None:
-    manifest, model = exported.compiled.manifest, exported.stage.model
+    manifest, model, layout = exported.compiled.manifest, exported.stage.model, exported.stage.layout
     assert (manifest.stage, manifest.stages, manifest.name) == (1, 2, "layer4")
     assert (manifest.engine, manifest.batch, manifest.classes) == ("executorch", BATCH, CLASSES)
 
-    parameters = {name: ("float32", tuple(p.shape)) for name, p in model.named_parameters()}
+    parameters = {
+        name: ("float32", tuple(layout.held(name, p).shape)) for name, p in model.named_parameters()
+    }
     statistics = {
         name: ("float32", tuple(b.shape)) for name, b in model.named_buffers() if b.is_floating_point()
     }
@@ -102,6 +104,17 @@ def test_manifest_lists_the_tensors_in_the_order_of_the_arguments(exported: Expo
     ]
     for got, want in expected:
         assert list(_by_name(got).items()) == list(want.items())
+
+
+def test_manifest_tells_the_models_order_of_each_parameter(exported: Exported) -> None:
+    model, turned = exported.stage.model, 0
+    for spec in exported.compiled.manifest.parameters:
+        shape = model.get_parameter(spec.name).shape
+        axes = spec.model_axes or range(len(shape))
+        assert spec.shape == tuple(shape[axis] for axis in axes)
+        assert (spec.model_axes is not None) == (len(shape) == 4)
+        turned += spec.model_axes is not None
+    assert turned > 1
 
 
 def test_manifest_plans_every_byte(exported: Exported) -> None:

@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from frostline.exporter import artifact
 from frostline.exporter.artifact import ExportOptions, compile_stage
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.output_module import OutputModule
-from frostline.exporter.rewrites import convolution
-from frostline.exporter.rewrites.executorch import REWRITES
+from frostline.exporter.rewrites import interpreter
 from frostline.exporter.stage import Stage, StageModel
 from frostline.protocol.errors import RunError
 
@@ -42,27 +40,30 @@ def test_a_right_program_passes(norm: nn.Module) -> None:
     assert 0 < parity.tensor_error < 1e-4
 
 
-def _scaled_weight_gradient(*arguments: Any) -> tuple[Any, ...]:
-    grad_x, grad_weight, grad_bias = convolution.convolution_backward(*arguments)
-    return grad_x, None if grad_weight is None else grad_weight * 1.01, grad_bias
+def _scaled(rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments, **named: 1.01 * rewrite(*arguments, **named)
 
 
-def _shifted_product(*arguments: Any, **named: Any) -> Any:
-    return REWRITES[aten.addmm.default](*arguments, **named) * 1.01
+def _scaled_weight_gradient(rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(*arguments: Any) -> Any:
+        grad_x, grad_weight, grad_bias = rewrite(*arguments)
+        return grad_x, interpreter.Permuted(1.01 * grad_weight.tensor, grad_weight.axes), grad_bias
+
+    return wrong
 
 
 @pytest.mark.parametrize(
     ("operator", "wrong", "tensor"),
     [
         (aten.convolution_backward.default, _scaled_weight_gradient, r"block\.0\.weight"),
-        (aten.addmm.default, _shifted_product, ".+"),
+        (aten.addmm.default, _scaled, ".+"),
     ],
     ids=["convolution's gradient 1% off", "logits 1% off"],
 )
 def test_a_wrong_rewrite_is_caught(
     monkeypatch: pytest.MonkeyPatch, stage: Stage, operator: Any, wrong: Callable[..., Any], tensor: str
 ) -> None:
-    monkeypatch.setattr(artifact, "REWRITES", {**REWRITES, operator: wrong})
+    monkeypatch.setitem(interpreter.REWRITES, operator, wrong(interpreter.REWRITES[operator]))
     with pytest.raises(
         RunError, match=f"'narrow part'.*does not train as eager.*tensor '{tensor}'"
     ) as raised:

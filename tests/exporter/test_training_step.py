@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.output_module import OutputModule
-from frostline.exporter.rewrites.executorch import REWRITES
+from frostline.exporter.rewrites.executorch import rewrite_for_executorch
 from frostline.exporter.stage import Stage, StageModel
 from frostline.exporter.training_step import (
     StageState,
@@ -57,6 +57,10 @@ def _values(state: StageState) -> dict[str, Tensor]:
     }
 
 
+def _in_model_order(stage: Stage, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: stage.layout.model(name.removeprefix("momentum."), value) for name, value in held.items()}
+
+
 def _floats(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 
@@ -74,7 +78,7 @@ def test_steps_equal_those_of_torch(stage: Stage, optimizer: SGD) -> None:
         model.parameters(), RATE, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
     )
     state = initial_state(stage, optimizer)
-    step = trace_training_step(stage, optimizer, state, *_batch(stage, 99), REWRITES)
+    step = trace_training_step(stage, optimizer, state, *_batch(stage, 99), rewrite_for_executorch)
     for seed in range(4):
         x, y = _batch(stage, seed)
         loss, correct = step(*state.tensors, x, y, torch.tensor(RATE))
@@ -85,7 +89,7 @@ def test_steps_equal_those_of_torch(stage: Stage, optimizer: SGD) -> None:
         eager.step()
         torch.testing.assert_close(loss, want.detach())
         assert int(correct) == int((logits.argmax(1) == y).sum())
-    trained = {**state.parameters, **state.statistics}
+    trained = _in_model_order(stage, {**state.parameters, **state.statistics})
     want_trained = _floats(model)
     _assert_same({name: trained[name] for name in want_trained}, want_trained)
     assert set(trained) == set(want_trained)
@@ -94,14 +98,16 @@ def test_steps_equal_those_of_torch(stage: Stage, optimizer: SGD) -> None:
         for name, p in model.named_parameters()
         if optimizer.momentum
     }
-    _assert_same(state.optimizer_state, buffers)
+    _assert_same(_in_model_order(stage, state.optimizer_state), buffers)
 
 
 def test_learning_rate_is_an_argument(stage: Stage) -> None:
     state = initial_state(stage, SGD())
     x, y = _batch(stage, 0)
     before = _values(state)
-    trace_training_step(stage, SGD(), state, x, y, REWRITES)(*state.tensors, x, y, torch.tensor(0.0))
+    trace_training_step(stage, SGD(), state, x, y, rewrite_for_executorch)(
+        *state.tensors, x, y, torch.tensor(0.0)
+    )
     _assert_same(state.parameters, {name: before[name] for name in state.parameters})
 
 
@@ -109,8 +115,8 @@ def test_tracing_changes_nothing(stage: Stage) -> None:
     state = initial_state(stage, SGD(0.9))
     before, model_before = _values(state), copy.deepcopy(stage.model.state_dict())
     x, y = _batch(stage, 0)
-    trace_training_step(stage, SGD(0.9), state, x, y, REWRITES)
-    trace_evaluation(stage, state, x, REWRITES)
+    trace_training_step(stage, SGD(0.9), state, x, y, rewrite_for_executorch)
+    trace_evaluation(stage, state, x, rewrite_for_executorch)
     _assert_same(_values(state), before)
     _assert_same(stage.model.state_dict(), model_before)
 
@@ -119,7 +125,7 @@ def test_step_mutates_the_callers_tensors_and_no_others(stage: Stage) -> None:
     state = initial_state(stage, SGD(0.9))
     model_before = copy.deepcopy(stage.model.state_dict())
     x, y = _batch(stage, 0)
-    step = trace_training_step(stage, SGD(0.9), state, x, y, REWRITES)
+    step = trace_training_step(stage, SGD(0.9), state, x, y, rewrite_for_executorch)
     before, addresses = _values(state), [t.data_ptr() for t in state.tensors]
     inputs = (x.clone(), y.clone(), torch.tensor(RATE))
     step(*state.tensors, *inputs)
@@ -140,7 +146,7 @@ def test_correct_counts_before_the_step(stage: Stage, label: int, expected: int)
     state = initial_state(stage, SGD())
     x, _ = _batch(stage, 0)
     y = torch.full((BATCH,), label)
-    loss, correct = trace_training_step(stage, SGD(), state, x, y, REWRITES)(
+    loss, correct = trace_training_step(stage, SGD(), state, x, y, rewrite_for_executorch)(
         *state.tensors, x, y, torch.tensor(10.0)
     )
     assert correct.dtype == torch.int64
@@ -158,7 +164,7 @@ def test_frozen_parameters_are_no_state_and_stay(stage: Stage) -> None:
     assert "momentum.block.3.weight" not in state.optimizer_state
 
     x, y = _batch(stage, 0)
-    step = trace_training_step(stage, optimizer, state, x, y, REWRITES)
+    step = trace_training_step(stage, optimizer, state, x, y, rewrite_for_executorch)
     loss, _ = step(*state.tensors, x, y, torch.tensor(RATE))
     eager = copy.deepcopy(stage.model).train()
     want = F.cross_entropy(eager(x), y)
@@ -173,8 +179,8 @@ def test_evaluation_uses_running_statistics_and_leaves_the_state(stage: Stage) -
     optimizer = SGD(0.9)
     state = initial_state(stage, optimizer)
     x, y = _batch(stage, 0)
-    step = trace_training_step(stage, optimizer, state, x, y, REWRITES)
-    evaluation = trace_evaluation(stage, state, x, REWRITES)
+    step = trace_training_step(stage, optimizer, state, x, y, rewrite_for_executorch)
+    evaluation = trace_evaluation(stage, state, x, rewrite_for_executorch)
     for _ in range(3):
         step(*state.tensors, x, y, torch.tensor(RATE))
     trained = {**state.parameters, **state.statistics}
@@ -183,7 +189,7 @@ def test_evaluation_uses_running_statistics_and_leaves_the_state(stage: Stage) -
     _assert_same(_values(state), before)
 
     model = copy.deepcopy(stage.model).eval()
-    model.load_state_dict(trained, strict=False)
+    model.load_state_dict(_in_model_order(stage, trained), strict=False)
     torch.testing.assert_close(logits, model(x).detach())
     halves = [evaluation(*trained.values(), x.roll(1, 0)).roll(-1, 0), logits]
     torch.testing.assert_close(*halves)

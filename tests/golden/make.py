@@ -57,30 +57,42 @@ def _tensors() -> list[dict[str, object]]:
 
 
 def _manifest() -> StageManifest:
+    kernel = TensorSpec(name="block.weight", shape=(4, 3, 3, 4), model_axes=(0, 2, 3, 1))
     weight = TensorSpec(name="head.weight", shape=(10, 64))
-    mean = TensorSpec(name="norm.running_mean", shape=(64,))
-    momentum = TensorSpec(name="head.weight.momentum", shape=(10, 64))
-    features = TensorSpec(name="x", shape=(8, 64))
+    mean = TensorSpec(name="norm.running_mean", shape=(4,))
+    momentum = [
+        TensorSpec(name="momentum.block.weight", shape=(4, 3, 3, 4)),
+        TensorSpec(name="momentum.head.weight", shape=(10, 64)),
+    ]
+    features = TensorSpec(name="x", shape=(8, 4, 4, 4))
     labels = TensorSpec(name="y", dtype="int64", shape=(8,))
     return StageManifest(
         stage=1,
         stages=2,
-        name="digits-mlp",
+        name="digits-cnn",
         engine="executorch",
         batch=8,
         classes=10,
-        parameters=[weight],
+        parameters=[kernel, weight],
         statistics=[mean],
-        optimizer_state=[momentum],
+        optimizer_state=momentum,
         training=Program(
             file=BlobReference(sha256="11" * 32, size=40_960),
-            inputs=[weight, mean, momentum, features, labels, TensorSpec(name="learning_rate", shape=())],
+            inputs=[
+                kernel,
+                weight,
+                mean,
+                *momentum,
+                features,
+                labels,
+                TensorSpec(name="learning_rate", shape=()),
+            ],
             outputs=[TensorSpec(name="loss", shape=()), TensorSpec(name="correct", dtype="int64", shape=())],
             arena_bytes=65_536,
         ),
         evaluation=Program(
             file=BlobReference(sha256="22" * 32, size=20_480),
-            inputs=[weight, mean, features],
+            inputs=[kernel, weight, mean, features],
             outputs=[TensorSpec(name="logits", shape=(8, 10))],
             arena_bytes=32_768,
         ),
@@ -94,10 +106,10 @@ def _manifest() -> StageManifest:
         ],
         planned=PlannedMemory(
             arena=65_536,
-            parameters=2_560,
-            statistics=256,
-            optimizer_state=2_560,
-            batch=2_112,
+            parameters=3_136,
+            statistics=16,
+            optimizer_state=3_136,
+            batch=2_116,
             program=40_960,
         ),
     )

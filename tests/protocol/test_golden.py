@@ -33,7 +33,7 @@ CHUNKS = [
     "4bd515be315046716e9ee4f36aa67051080e122a1eececa2708739e6fa5860ab",
     "110a348438ce4c5e8904fb58140ceed07452d0857cc482aa6e52e711d013bb8e",
 ]
-MANIFEST = "310305d6834a18a3c955fa629505d5a60423aecc65f287e8d2d5974d5bea6045"
+MANIFEST = "4c96207d58748b053c5926a54d370109b565be12304b18c2e15dc7c530e35fd0"
 INDEX = {"sha256": CONTENT, "size": 1100, "chunk_size": 1024, "chunks": CHUNKS}
 VALUES: dict[str, dict[str, Any]] = {
     "RunAnnouncement": {
@@ -69,7 +69,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "run": RUN,
         "lease": LEASE,
         "round": 3,
-        "manifest": {"sha256": MANIFEST, "size": 2509},
+        "manifest": {"sha256": MANIFEST, "size": 3747},
         "weights": {"sha256": CONTENT, "size": 1100},
         "epochs": 2,
         "learning_rate": 0.05,
@@ -178,7 +178,7 @@ def test_content_is_the_documented_bytes_and_hashes(tmp_path: Path) -> None:
 def test_tensors_decode_to_the_documented_values() -> None:
     documents = json.loads(read("tensors.json"))
     content = read("tensors.safetensors")
-    expected = [TensorSpec.model_validate(document) for document in documents]
+    expected = [TensorSpec.model_validate_json(json.dumps(document)) for document in documents]
     tensors = decode_tensors(content, expected, "golden")
     for document in documents:
         values = np.array(document["values"], dtype=document["dtype"]).reshape(document["shape"])
@@ -206,17 +206,21 @@ def test_the_manifest_has_the_documented_hash_and_values() -> None:
     assert read("manifest.sha256").decode() == f"{MANIFEST}\n"
     manifest = decode_manifest(content, "golden")
     assert manifest.encode() == content
-    assert (manifest.stage, manifest.stages, manifest.name) == (1, 2, "digits-mlp")
+    assert (manifest.stage, manifest.stages, manifest.name) == (1, 2, "digits-cnn")
     assert (manifest.engine, manifest.batch, manifest.classes) == ("executorch", 8, 10)
-    assert manifest.input_shape == (64,)
+    assert manifest.input_shape == (4, 4, 4)
     assert manifest.sample_shape == (1, 8, 8)
-    assert [spec.name for spec in manifest.trained] == ["head.weight", "norm.running_mean"]
+    assert [(spec.name, spec.model_axes) for spec in manifest.trained] == [
+        ("block.weight", (0, 2, 3, 1)),
+        ("head.weight", None),
+        ("norm.running_mean", None),
+    ]
     assert [(file.sha256, file.size) for file in manifest.files] == [
         ("11" * 32, 40_960),
         ("22" * 32, 20_480),
         ("33" * 32, 10_240),
     ]
-    assert manifest.planned.total == 113_984
+    assert manifest.planned.total == 114_900
     assert manifest.planned.parameters == sum(spec.size_bytes for spec in manifest.parameters)
     assert manifest.planned.statistics == sum(spec.size_bytes for spec in manifest.statistics)
 

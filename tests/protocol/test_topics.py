@@ -110,7 +110,7 @@ def test_what_parses_is_rebuilt_exactly(levels: list[str]) -> None:
     try:
         received = topics.parse(topic)
     except ProtocolViolation as error:
-        assert repr(topic) in str(error)
+        assert repr(topic[:200]) in str(error)
         return
     if received.kind == "chunk":
         assert topics.update_chunk(received.device, received.update, received.index) == topic

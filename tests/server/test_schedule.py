@@ -15,7 +15,7 @@ from frostline.exporter.artifact import CompiledStage, ExportOptions
 from frostline.exporter.cutting import cut
 from frostline.exporter.models.lookup import build_model
 from frostline.exporter.parity import Parity
-from frostline.exporter.stage import Stage, build_stage, statistics_tensors, trainable_tensors
+from frostline.exporter.stage import Stage, build_stage, load_tensors, statistics_tensors, trainable_tensors
 from frostline.protocol.blobs import reference_to
 from frostline.protocol.manifest import PlannedMemory, Program, StageManifest, TensorSpec
 from frostline.protocol.tensors import Array
@@ -166,12 +166,15 @@ def test_the_output_module_is_handed_on_by_name() -> None:
 def test_a_frozen_block_stays_as_it_was_frozen() -> None:
     grown = build("batch", blocks=4, test=held_out(20))
     frozen = run_all(grown)
+    parts = cut(build("batch", blocks=4).model, 4, torch.zeros(2, *SHAPE))
     state = {name: value.numpy() for name, value in grown.model.state_dict().items()}
     statistics = 0
-    for weights in frozen:
-        for name, value in weights.items():
+    for index, weights in enumerate(frozen):
+        layout = build_stage(parts, index, SEED).layout
+        for name, held in weights.items():
             part, _, key = name.partition(".")
             if part == "block":
+                value = layout.model(name, torch.from_numpy(held)).numpy()
                 np.testing.assert_array_equal(state[key], value, err_msg=name)
                 statistics += "running_" in name
     assert statistics == sum("running_" in name for name in state) > 0
@@ -194,7 +197,7 @@ def test_accuracy_is_that_of_the_chain(count: int) -> None:
     features = torch.from_numpy(test.x)
     for index, stage in enumerate(stages):
         weights = trained(grown.schedule.prepare(index).weights, index)
-        stage.model.load_state_dict({n: torch.from_numpy(w) for n, w in weights.items()}, strict=False)
+        load_tensors(stage, {name: torch.from_numpy(value) for name, value in weights.items()})
         stage.model.eval()
         with torch.no_grad():
             expected = (stage.model(features).argmax(1).numpy() == test.y).mean()
@@ -219,7 +222,7 @@ def test_the_trained_model_is_the_chain_of_trained_parts(norm: str) -> None:
     features = torch.from_numpy(test.x)
     for index, weights in enumerate(frozen):
         stage = build_stage(parts, index, SEED)
-        stage.model.load_state_dict({n: torch.from_numpy(w) for n, w in weights.items()}, strict=False)
+        load_tensors(stage, {name: torch.from_numpy(value) for name, value in weights.items()})
         stage.model.eval()
         with torch.no_grad():
             logits = stage.model(features)

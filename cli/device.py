@@ -76,7 +76,7 @@ def device(
                 topics,
                 samples,
                 workers,
-                lambda state, text: console.print(f"{name}: {text}"),
+                lambda state, text: console.print(f"{name}: {text}", markup=False, soft_wrap=True),
             )
             await agent.run()
 

@@ -20,6 +20,9 @@ def emulate(
     broker: Annotated[
         str | None, typer.Option(help="Use this broker in place of one started just for the run.")
     ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the broker that is started. Default: a free one.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Training processes. Default: one a core.")
     ] = None,
@@ -33,19 +36,20 @@ def emulate(
     from frostline.cli.progress import TerminalObserver, print_summary
     from frostline.cli.serve import default_folder
     from frostline.emulator.broker import EmbeddedBroker
-    from frostline.emulator.emulation import default_workers
+    from frostline.emulator.emulation import default_workers, split_samples
     from frostline.emulator.emulation import emulate as emulate_fleet
     from frostline.server.assembly import assemble, broker_address
     from frostline.server.config import load_config
 
     settings, text = load_config(config)
+    shards = split_samples(settings)
     with contextlib.ExitStack() as stack:
         url = broker
         if url is None:
-            embedded = stack.enter_context(EmbeddedBroker())
+            embedded = stack.enter_context(EmbeddedBroker(port))
             url = embedded.url
         address = broker_address(settings, url)
         observer = stack.enter_context(TerminalObserver())
         run = assemble(settings, text, out or default_folder(config), address, observer, resume=False)
-        summary = asyncio.run(emulate_fleet(run, address, workers or default_workers()))
+        summary = asyncio.run(emulate_fleet(run, shards, address, workers or default_workers()))
     print_summary(summary, run.folder, as_json=as_json)

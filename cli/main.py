@@ -42,6 +42,8 @@ def main() -> None:
         raise SystemExit(_fail(_first(group))) from None
     except* ImportError as group:
         raise SystemExit(_fail(_missing_extra(_first(group)))) from None
+    except* OSError as group:
+        raise SystemExit(_fail(RunError(f"this machine: {_first(group)}"))) from None
     except* KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -24,9 +24,9 @@ class TerminalObserver(RunObserver):
         self.console = Console(stderr=True)
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=self.console,
         )
@@ -44,7 +44,8 @@ class TerminalObserver(RunObserver):
     def on_note(self, text: str) -> None:
         """Show it as what is going on right now, and keep it."""
         self._progress.update(self._task, description=text)
-        self.console.print(f"[dim]{text}[/dim]", highlight=False, soft_wrap=True)
+        # Notes carry words of devices: they are printed, never interpreted.
+        self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def on_stage(self, stage: StageRecord, stages: int) -> None:
         """Begin a stage's bar."""

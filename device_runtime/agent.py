@@ -33,6 +33,7 @@ from frostline.protocol.messages import (
     RunAnnouncement,
     TrainingMetrics,
     UpdateOffer,
+    as_reason,
     decode,
 )
 from frostline.protocol.topics import Topics, checked_name
@@ -220,6 +221,7 @@ class Agent:
         self._answer(lease.lease, "accepted")
         for reference in [*manifest.files, lease.weights]:
             await self._fetcher.fetch(reference, run.chunk_size)
+        self._store.keep_only([lease.manifest, lease.weights, *manifest.files])
         self._notify("training", f"round {lease.round}: training {manifest.name}")
         update_path = self._outbox.content_path(lease.lease)
         task = TrainingTask(
@@ -268,7 +270,7 @@ class Agent:
             self._store.remove(lease.weights)
 
     def _answer(self, lease: str, answer: Literal["accepted", "refused", "failed"], reason: str = "") -> None:
-        message = Answer(lease=lease, answer=answer, reason=reason[:500])
+        message = Answer(lease=lease, answer=answer, reason=as_reason(reason))
         self._connection.publish(self._topics.answer(self._settings.name), message.encode())
         if answer != "accepted":
             self._notify("idle", f"{answer}: {reason}")

@@ -78,7 +78,6 @@ class ExecuTorchTrainingSession:
         program = self._program("training", self._manifest.training)
         state = [*self._trained.values(), *self._optimizer_state.values()]
         rate = torch.tensor(learning_rate, dtype=torch.float32)
-        # The method returns the tensors it mutated first, then its own outputs.
         loss, correct = program.run([*state, torch.from_numpy(x), torch.from_numpy(y), rate])[-2:]
         return float(loss), int(correct)
 

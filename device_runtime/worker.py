@@ -29,11 +29,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-            # Not waited for: before Python 3.12 the pool can wait for ever for a worker that died.
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._end()
 
     async def train(self, task: TrainingTask) -> TrainingMetrics:
         """Train `task` in a worker process.
@@ -51,11 +47,24 @@ class Workers:
             pool = self._pool = ProcessPoolExecutor(self._count, context, initializer=_prepare)
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, train, task)
+        except asyncio.CancelledError:
+            # With one worker the next lease would wait behind work that nobody wants any more.
+            if self._count == 1:
+                self._end()
+            raise
         except BrokenProcessPool:
             if self._pool is pool:
                 self._pool = None
                 pool.shutdown(wait=False)
             raise RunError("the training process died, as when memory runs out") from None
+
+    def _end(self) -> None:
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+            # Not waited for: before Python 3.12 the pool can wait for ever for a worker that died.
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
 
 
 def _prepare() -> None:

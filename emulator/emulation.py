@@ -30,6 +30,7 @@ from frostline.server.records import RunSummary
 
 async def emulate(
     run: Run,
+    shards: Sequence[Samples],
     address: BrokerAddress,
     workers: int,
     notify: Callable[[str, State, str], None] = lambda device, state, text: None,
@@ -41,6 +42,8 @@ async def emulate(
 
     Parameters
     ----------
+    shards : sequence of Samples
+        Each device's samples, from `split_samples`.
     workers : int
         Training processes.
     notify : callable
@@ -53,7 +56,6 @@ async def emulate(
     """
     fleet = run.config.fleet
     budgets = await memory_budgets(run)
-    shards = split_samples(run.config)
     folder = run.folder.path / "devices"
     topics = Topics(run.config.run.fleet)
     with Workers(workers) as pool:
@@ -83,19 +85,20 @@ async def memory_budgets(run: Run) -> list[int]:
         Naming the entry that is neither.
     """
     fleet = run.config.fleet
-    parsed = []
-    for entry in fleet.memory:
-        percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", entry)
-        if percent:
-            whole = await asyncio.to_thread(run.schedule.plan_whole_model)
-            parsed.append(int(whole.total * float(percent.group(1)) / 100))
-        else:
-            parsed.append(parse_size(entry, "fleet.memory"))
-    return [parsed[number % len(parsed)] for number in range(fleet.devices)]
+    whole = 0
+    if any("%" in entry for entry in fleet.memory):
+        whole = (await asyncio.to_thread(run.schedule.plan_whole_model)).total
+    budgets = [_budget(entry, whole) for entry in fleet.memory]
+    return [budgets[number % len(budgets)] for number in range(fleet.devices)]
+
+
+def _budget(entry: str, whole: int) -> int:
+    percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", entry)
+    return int(whole * float(percent.group(1)) / 100) if percent else parse_size(entry, "fleet.memory")
 
 
 def split_samples(config: RunConfig) -> list[Samples]:
-    """The training samples dealt out to the virtual devices.
+    """The training samples dealt out to the virtual devices; checks their memory as well.
 
     Raises
     ------
@@ -106,6 +109,8 @@ def split_samples(config: RunConfig) -> list[Samples]:
         raise UsageError(
             'data.train is missing: an emulated fleet needs samples to split, such as train = "digits"'
         )
+    for entry in config.fleet.memory:
+        _budget(entry, 0)
     samples = load_samples(config.data.train, "train")
     return [samples.take(rows) for rows in _split(samples, config.fleet, config.run.seed)]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -21,6 +22,7 @@ from frostline.exporter.training_step import (
     trace_training_step,
 )
 from frostline.protocol.blobs import reference_to
+from frostline.protocol.errors import FrostlineError, RunError
 from frostline.protocol.manifest import (
     DType,
     PlannedMemory,
@@ -73,11 +75,10 @@ def compile_stage(stage: Stage, options: ExportOptions, prefix: Sequence[Program
         If the programs cannot be lowered, or do not train as eager PyTorch does.
     """
     tensors = _StageTensors.of(stage, options)
-    training = _lower_training(stage, options, tensors)
-    traced = trace_evaluation(stage, tensors.state, tensors.x, rewrite_for_executorch)
-    state = tensors.state
-    evaluation = lower_portable(traced, [*state.parameters.values(), *state.statistics.values(), tensors.x])
-    parity = check_parity(stage, training, state, options)
+    with _explained(stage):
+        training = _lower_training(stage, options, tensors)
+        evaluation = _lower_evaluation(stage, tensors)
+    parity = check_parity(stage, training, tensors.state, options)
     manifest = _manifest(stage, options, prefix, tensors, training, evaluation)
     contents = {reference_to(p.content).sha256: p.content for p in (training, evaluation)}
     return CompiledStage(manifest, contents, parity)
@@ -86,7 +87,8 @@ def compile_stage(stage: Stage, options: ExportOptions, prefix: Sequence[Program
 def plan_stage(stage: Stage, options: ExportOptions) -> PlannedMemory:
     """What training a stage takes, without an artifact to show for it: evaluation needs no more than training."""
     tensors = _StageTensors.of(stage, options)
-    training = _lower_training(stage, options, tensors)
+    with _explained(stage):
+        training = _lower_training(stage, options, tensors)
     return _planned(training, training, tensors)
 
 
@@ -99,7 +101,8 @@ def compile_prefix(stage: Stage, batch: int) -> tuple[Program, bytes]:
     x = torch.zeros(batch, *stage.input_shape)
     with torch.no_grad():
         features = block(x)
-    lowered = lower_delegated(block, [x])
+    with _explained(stage):
+        lowered = lower_delegated(block, [x])
     return _program(lowered, [_spec("x", x)], [_spec("features", features)]), lowered.content
 
 
@@ -137,6 +140,25 @@ def _lower_training(stage: Stage, options: ExportOptions, tensors: _StageTensors
     return lower_portable(step, [*tensors.state.tensors, tensors.x, tensors.y, tensors.learning_rate])
 
 
+def _lower_evaluation(stage: Stage, tensors: _StageTensors) -> LoweredProgram:
+    state = tensors.state
+    traced = trace_evaluation(stage, state, tensors.x, rewrite_for_executorch)
+    return lower_portable(traced, [*state.parameters.values(), *state.statistics.values(), tensors.x])
+
+
+@contextlib.contextmanager
+def _explained(stage: Stage) -> Iterator[None]:
+    """What PyTorch and ExecuTorch raise becomes one line that names the stage."""
+    try:
+        yield
+    except FrostlineError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "; dropout cannot be trained yet, leave it out" if "bernoulli" in str(error) else ""
+        raise RunError(f"stage {stage.name!r} cannot be compiled: {reason[0]}{hint}") from error
+
+
 def _manifest(
     stage: Stage,
     options: ExportOptions,
@@ -164,7 +186,7 @@ def _manifest(
         training=_program(training, [*trained, *_specs(state.optimizer_state), x, y, rate], results),
         evaluation=_program(evaluation, [*trained, x], [logits]),
         prefix=list(prefix),
-        planned=_planned(training, evaluation, tensors),
+        planned=_planned(training, evaluation, tensors).behind(prefix),
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from frostline.protocol.errors import CorruptContent
@@ -45,6 +45,11 @@ def chunk_count(size: int, chunk_size: int) -> int:
     return -(-size // chunk_size)
 
 
+def chunk_length(index: BlobIndex, position: int) -> int:
+    """How many bytes the chunk at `position` has."""
+    return min(index.chunk_size, index.size - position * index.chunk_size)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +60,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)
+        _flush_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
@@ -63,6 +69,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def _matches(content: bytes, reference: BlobReference) -> bool:
     return len(content) == reference.size and sha256_of(content) == reference.sha256
+
+
+def _flush_folder(folder: Path) -> None:
+    """A rename survives a power cut only once its folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class BlobStore:
@@ -153,6 +168,18 @@ class BlobStore:
     def remove(self, reference: BlobReference) -> None:
         """Drop the content if it is here."""
         self.path(reference).unlink(missing_ok=True)
+
+    def drop_chunks(self, index: BlobIndex) -> None:
+        """Drop the chunks of content that is not wanted any more."""
+        for h in set(index.chunks):
+            (self._chunks / h).unlink(missing_ok=True)
+
+    def keep_only(self, references: Iterable[BlobReference]) -> None:
+        """Drop all content but `references`; chunks stay."""
+        kept = {reference.sha256 for reference in references}
+        for path in self._folder.iterdir():
+            if path.is_file() and path.name not in kept:
+                path.unlink()
 
     def clear(self) -> None:
         """Drop all content and chunks."""

@@ -321,14 +321,22 @@ def _client(address: BrokerAddress, client_id: str, will: Will | None) -> mqtt.C
     if address.username is not None:
         client.username_pw_set(address.username, address.password)
     if address.tls:
-        client.tls_set(
-            ca_certs=str(address.ca_file) if address.ca_file else None,
-            certfile=str(address.certificate_file) if address.certificate_file else None,
-            keyfile=str(address.key_file) if address.key_file else None,
-        )
+        _set_tls(client, address)
     if will is not None:
         client.will_set(will.topic, will.payload, qos=1, retain=True)
     return client
+
+
+def _set_tls(client: mqtt.Client, address: BrokerAddress) -> None:
+    files = (address.ca_file, address.certificate_file, address.key_file)
+    ca_file, certificate_file, key_file = (str(file) if file else None for file in files)
+    if key_file and not certificate_file:
+        raise UsageError(f"{key_file}: a key needs its certificate file beside it")
+    try:
+        client.tls_set(ca_certs=ca_file, certfile=certificate_file, keyfile=key_file)
+    except (ssl.SSLError, OSError) as error:
+        named = ", ".join(str(file) for file in files if file)
+        raise UsageError(f"{named}: not usable as PEM certificates and keys: {error}") from None
 
 
 def _plain(error: BaseException) -> str:

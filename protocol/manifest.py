@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,7 +44,7 @@ class TensorSpec(_Document):
 
 
 class Program(_Document):
-    """A compiled method: `inputs` in call order, `outputs` as returned after the mutated inputs."""
+    """A compiled method: `inputs` in call order, `outputs` as returned; mutated inputs are not returned."""
 
     file: BlobReference
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
@@ -52,7 +53,14 @@ class Program(_Document):
 
 
 class PlannedMemory(_Document):
-    """Bytes a device needs to train the stage, by kind; exact, known before anything is sent."""
+    """Bytes a device needs to train the stage, by kind; known before anything is sent.
+
+    Attributes
+    ----------
+    prefix : int
+        What the largest frozen block takes beyond all the rest while it runs, before training; its weights counted
+        twice, since XNNPACK packs a copy.
+    """
 
     arena: Count
     parameters: Count
@@ -60,11 +68,23 @@ class PlannedMemory(_Document):
     optimizer_state: Count
     batch: Count
     program: Count
+    prefix: Count = 0
+
+    def behind(self, prefix: Sequence[Program]) -> PlannedMemory:
+        """The same stage behind these frozen blocks, which run one at a time before training."""
+        rest = self.total - self.prefix
+        largest = max((_running_bytes(program) for program in prefix), default=0)
+        return self.model_copy(update={"prefix": max(largest - rest, 0)})
 
     @property
     def total(self) -> int:
         """The figure a device's memory budget is held against."""
         return sum(self.model_dump().values())
+
+
+def _running_bytes(program: Program) -> int:
+    tensors = sum(spec.size_bytes for spec in [*program.inputs, *program.outputs])
+    return program.arena_bytes + 2 * program.file.size + tensors
 
 
 class StageManifest(_Document):

@@ -6,9 +6,9 @@ durations, never wall-clock readings: the clocks of devices cannot be trusted.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from frostline.protocol.errors import ProtocolViolation
 from frostline.protocol.topics import NAME
@@ -23,6 +23,8 @@ Identifier = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Engine = Literal["executorch"]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=0, le=10**7)]
+# No control characters: a terminal would obey them.
+Reason = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 
 
 class Message(BaseModel):
@@ -93,7 +95,7 @@ class Answer(Message):
 
     lease: Identifier
     answer: Literal["accepted", "refused", "failed"]
-    reason: Annotated[str, Field(max_length=500)] = ""
+    reason: Reason = ""
 
 
 class ContentRequest(Message):
@@ -111,6 +113,12 @@ class TrainingMetrics(Message):
     seconds: Seconds
     evaluated: Count = 0
     correct: Count = 0
+
+    @model_validator(mode="after")
+    def _no_more_right_than_evaluated(self) -> Self:
+        if self.correct > self.evaluated:
+            raise ValueError("more right answers than samples evaluated")
+        return self
 
 
 class UpdateOffer(Message):
@@ -134,7 +142,12 @@ class Receipt(Message):
     have: Annotated[list[Count], Field(max_length=2**16)] = []
     window: Annotated[int, Field(ge=1, le=64)] = 4
     retry_seconds: Seconds = 1.0
-    reason: Annotated[str, Field(max_length=500)] = ""
+    reason: Reason = ""
+
+
+def as_reason(text: str) -> str:
+    """`text` on one line, printable, and short enough for a message's `reason`."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]
 
 
 M = TypeVar("M", bound=Message)

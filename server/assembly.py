@@ -15,8 +15,9 @@ from frostline.exporter.models.lookup import ModelSpec, build_model
 from frostline.exporter.optimizer import SGD
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
-from frostline.server.config import RunConfig
+from frostline.server.config import RunConfig, parse_config
 from frostline.server.coordinator import Coordinator, RunObserver
+from frostline.server.ledger import Ledger, sqlite_url
 from frostline.server.run_folder import RunFolder
 from frostline.server.schedule import GrowingSchedule
 
@@ -62,10 +63,29 @@ def assemble(
     optimizer = SGD(training.momentum, training.weight_decay)
     options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer)
     schedule = GrowingSchedule(spec, parts, options, config.run.seed, test)
-    folder = RunFolder.open(out) if resume else RunFolder.create(out)
-    if not resume:
+    if resume:
+        folder = _open_unfinished(out, config)
+    else:
+        folder = RunFolder.create(out)
         folder.write_config(config_text)
     return Run(config, config_text, folder, schedule, address, observer)
+
+
+def _open_unfinished(out: Path, config: RunConfig) -> RunFolder:
+    folder = RunFolder.open(out)
+    began_with = parse_config(folder.config_path.read_text(encoding="utf-8"), str(folder.config_path))
+    for table in RunConfig.model_fields:
+        if table != "broker" and getattr(config, table) != getattr(began_with, table):
+            raise UsageError(
+                f"[{table}] differs from {folder.config_path}, which the run began with; resume it with that file"
+            )
+    ledger = Ledger(sqlite_url(folder.ledger_path))
+    try:
+        if ledger.finished():
+            raise UsageError(f"the run in {out} is finished: its results are in {folder.report_path.name}")
+    finally:
+        ledger.close()
+    return folder
 
 
 def broker_address(config: RunConfig, url: str | None = None) -> BrokerAddress:

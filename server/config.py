@@ -6,9 +6,9 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from frostline.protocol.errors import UsageError
 from frostline.protocol.messages import Name
@@ -70,6 +70,14 @@ class RoundsTable(_Table):
     deadline_seconds: Annotated[float, Field(gt=0, le=10**6)] = 600.0
     join_seconds: Annotated[float, Field(gt=0, le=10**6)] = 60.0
     max_per_stage: Annotated[int, Field(ge=1)] = 200
+
+    @model_validator(mode="after")
+    def _enough_devices(self) -> Self:
+        if self.minimum_updates > self.devices:
+            raise ValueError(
+                f"minimum_updates = {self.minimum_updates} is more than devices = {self.devices}"
+            )
+        return self
 
 
 class PaceTable(_Table):

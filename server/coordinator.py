@@ -94,6 +94,8 @@ class Coordinator:
         self._gateway = Gateway(address, topics, config.broker.chunk_size, self._updates)
         self._selector = UniformSelector(config.run.seed)
         self._stages: list[StageRecord] = []
+        # A server killed between recording a round and closing it repeats the round, but not its record.
+        self._last_recorded = max((record.round for record in folder.records()), default=-1)
 
     async def run(self) -> RunSummary:
         """Train every stage and write the final model, the summary and the report.
@@ -177,15 +179,16 @@ class Coordinator:
         """Run rounds until the pace controller freezes the block; returns why it was frozen, and its weights."""
         progress = self._begin(index)
         try:
+            # Asked before each round: a server may have been killed between a stage's last round and its freezing.
             while True:
-                reading = await self._run_round(run, index, progress)
-                if reading.converged:
+                if progress.pace.converged:
                     return "pace", progress.weights_reference
                 if progress.rounds >= self._config.rounds.max_per_stage:
                     self._observer.on_note(
                         f"{self._schedule.name(index)}: frozen by the cap of {progress.rounds} rounds, not converged"
                     )
                     return "round_cap", progress.weights_reference
+                await self._run_round(run, index, progress)
         finally:
             self._gateway.content.withdraw(progress.manifest_reference)
             for reference in progress.prepared.manifest.files:
@@ -210,7 +213,7 @@ class Coordinator:
                 pace.restore(read_arrays(self._weights, snapshot))
         return progress
 
-    async def _run_round(self, run: str, index: int, progress: _StageProgress) -> PaceReading:
+    async def _run_round(self, run: str, index: int, progress: _StageProgress) -> None:
         number = self._ledger.rounds()
         started = time.monotonic()
         manifest = progress.prepared.manifest
@@ -233,6 +236,8 @@ class Coordinator:
         reading = progress.pace.observe({n: w for n, w in progress.weights.items() if n in parameters})
         accuracy = await asyncio.to_thread(self._schedule.accuracy, index, progress.weights)
         pace_reference = store_arrays(self._weights, progress.pace.snapshot())
+        if number > self._last_recorded:
+            self._record(current, reading, accuracy, index, number, progress, time.monotonic() - started)
         replaced = {before.sha256: before}
         if (last_pace := self._ledger.last_pace(index)) is not None:
             replaced[last_pace.sha256] = last_pace
@@ -241,20 +246,20 @@ class Coordinator:
         for reference in replaced.values():
             if reference not in (progress.weights_reference, pace_reference):
                 self._weights.remove(reference)
-        self._record(current, reading, accuracy, index, number, progress, time.monotonic() - started)
         progress.rounds += 1
-        return reading
 
     async def _collect(self, current: Round, manifest: StageManifest, number: int) -> None:
         """Run the round, again if need be, until it has the updates it needs."""
-        deadline = time.monotonic() + self._config.rounds.join_seconds
+        waiting_since = time.monotonic()
         while True:
             eligible = [d for d, r in self._gateway.devices.items() if admits(r.presence, manifest)]
-            if eligible:
-                await current.run(iter(self._selector.order(eligible, number)))
+            asked = current.asked
+            await current.run(iter(self._selector.order(eligible, number)))
+            if current.asked > asked:
+                waiting_since = time.monotonic()
             if len(current.metrics) >= self._config.rounds.minimum_updates:
                 return
-            if time.monotonic() >= deadline:
+            if time.monotonic() - waiting_since >= self._config.rounds.join_seconds:
                 raise RunError(self._explain_shortage(manifest, len(eligible), len(current.metrics)))
             self._gateway.changed.clear()
             await _wait(self._gateway.changed)

@@ -87,7 +87,12 @@ class PaceController:
         flat = slope is not None and abs(slope) <= self._settings.slope
         settled = flat and (wanders or speed <= self._settings.creep)
         self._settled = self._settled + 1 if settled else 0
-        return PaceReading(recent[-1], slope, speed, self._settled >= self._settings.patience)
+        return PaceReading(recent[-1], slope, speed, self.converged)
+
+    @property
+    def converged(self) -> bool:
+        """Whether the block may be frozen, as of the last round."""
+        return self._settled >= self._settings.patience
 
     def snapshot(self) -> dict[str, Array]:
         """Everything `restore` needs to go on after a restart, as arrays."""

@@ -169,7 +169,9 @@ class Round:
             self.metrics.append(update.metrics)
             self.bytes_up += update.content.size
         for row in self._ledger.leases(self._plan.number):
-            self._asked.add(row.device)
+            if row.state in ("open", "done"):
+                # A device that failed may be asked again: after a restart it deserves another try.
+                self._asked.add(row.device)
             if row.state == "open":
                 # The device may have lost it or hold a finished update for it; an empty session repeats it.
                 self._open[row.lease] = self._lease(row.lease, row.device, session="")

@@ -93,7 +93,8 @@ class GrowingSchedule:
         compiled = self._compiled[index]
         stage = self._stages[index]
         weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
-        manifest = compiled.manifest.model_copy(update={"prefix": list(self._prefix)})
+        planned = compiled.manifest.planned.behind(self._prefix)
+        manifest = compiled.manifest.model_copy(update={"prefix": list(self._prefix), "planned": planned})
         return PreparedStage(manifest, {**compiled.files, **self._prefix_files}, weights)
 
     def accuracy(self, index: int, weights: Mapping[str, Array]) -> float | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from frostline.protocol.blobs import BlobStore, chunk_count
+from frostline.protocol.blobs import BlobStore, chunk_count, chunk_length
 from frostline.protocol.errors import CorruptContent
-from frostline.protocol.messages import Receipt, UpdateOffer
+from frostline.protocol.messages import Receipt, UpdateOffer, as_reason
 from frostline.protocol.topics import HASH_DIGITS
 
 UPLOAD_SLOTS = 16
@@ -50,9 +50,12 @@ class UpdateReceiver:
             objection = "the number of chunks does not fit the size"
         if objection:
             self._close(device, offer.update)
-            return Receipt(update=offer.update, state="rejected", reason=objection[:500])
+            return Receipt(update=offer.update, state="rejected", reason=as_reason(objection))
         if device not in self._open and not self._has_slot():
             return Receipt(update=offer.update, state="wait", retry_seconds=WAIT_SECONDS)
+        previous = self._open.get(device)
+        if previous is not None and previous.content != index:
+            self._store.drop_chunks(previous.content)
         self._open[device] = offer
         missing = set(self._store.missing_chunks(index))
         if not missing:
@@ -65,7 +68,7 @@ class UpdateReceiver:
         offer = self._open.get(device)
         if offer is None or offer.update[:HASH_DIGITS] != update:
             return Receipt(update=update, state="unknown")
-        if index >= len(offer.content.chunks):
+        if index >= len(offer.content.chunks) or len(chunk) != chunk_length(offer.content, index):
             return None
         try:
             self._store.put_chunk(offer.content.chunks[index], chunk)
@@ -94,8 +97,8 @@ class UpdateReceiver:
         try:
             path = self._store.assemble(offer.content)
         except CorruptContent as error:
-            return Receipt(update=offer.update, state="rejected", reason=str(error)[:500])
+            return Receipt(update=offer.update, state="rejected", reason=as_reason(str(error)))
         reason = self._judge.count(device, offer, path.read_bytes())
         if reason:
-            return Receipt(update=offer.update, state="rejected", reason=reason[:500])
+            return Receipt(update=offer.update, state="rejected", reason=as_reason(reason))
         return Receipt(update=offer.update, state="done")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,8 @@ def test_a_worker_leaves_with_its_agent(task: TrainingTask, tmp_path: Path, end:
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            # A shell that starts the tests in the background has interrupts ignored, also by all their children.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         assert agent.stdin is not None
         assert agent.stderr is not None

@@ -68,6 +68,8 @@ def test_export_into_a_folder_that_is_in_use(tmp_path: Path) -> None:
         ('"small_cnn"', '"tiny_cnn"', ["tiny_cnn", "small_cnn"]),
         ('test = "digits"', 'test = "digit"', ["digit", "digits"]),
         ('"99%"', '"lots"', ["fleet.memory", "lots"]),
+        ('train = "digits"', "", ["data.train"]),
+        ("join_seconds = 60", "minimum_updates = 9", ["minimum_updates = 9", "devices = 3"]),
     ],
 )
 def test_configuration(tmp_path: Path, old: str, new: str, mentions: list[str]) -> None:
@@ -76,7 +78,7 @@ def test_configuration(tmp_path: Path, old: str, new: str, mentions: list[str]) 
     line = str(text[: text.index(old)].count("\n") + 1)
     config.write_text(text.replace(old, new, 1))
     mentions = [text.replace("LINE", line) for text in mentions]
-    check(["emulate", "--config", config, "--out", tmp_path / "run"], 2, mentions)
+    check(["emulate", "--config", config, "--out", tmp_path / "run"], 2, mentions, absent=tmp_path / "run")
 
 
 def test_a_corrupted_artifact(tmp_path: Path) -> None:
@@ -147,6 +149,7 @@ def test_an_unreachable_broker(tmp_path: Path, kind: str) -> None:
         (("--memory", "plenty"), ["--memory", "plenty"]),
         (("--data", "nothing-here"), ["nothing-here"]),
         (("--data", "EMPTY"), ["safetensors"]),
+        (("--ca-file", __file__), [__file__, "PEM"]),
     ],
 )
 def test_device(tmp_path: Path, change: tuple[str, str], mentions: list[str]) -> None:
@@ -159,6 +162,8 @@ def test_device(tmp_path: Path, change: tuple[str, str], mentions: list[str]) ->
         "--state": str(tmp_path / "s"),
     }
     options[change[0]] = change[1].replace("EMPTY", str(empty))
+    if change[0] == "--ca-file":
+        options["--broker"] = "mqtts://127.0.0.1:1"
     arguments = ["device", *(part for pair in options.items() for part in pair)]
     check(list(arguments), 2, mentions, absent=tmp_path / "s")
 
@@ -183,8 +188,8 @@ def test_a_fleet_whose_memory_fits_nothing(tmp_path: Path, broker: EmbeddedBroke
     check(arguments, 1, ["needs", "the largest budget is 20000 bytes", "more blocks"])
 
 
-def test_a_broker_port_in_use() -> None:
-    with EmbeddedBroker() as running:
-        port = int(running.url.rsplit(":", 1)[1])
-        with pytest.raises(Exception, match=str(port)), EmbeddedBroker(port):
-            pass
+def test_a_broker_port_in_use(tmp_path: Path, broker: EmbeddedBroker) -> None:
+    port = broker.url.rsplit(":", 1)[1]
+    config = write_config(tmp_path)
+    arguments: list[str | Path] = ["emulate", "--config", config, "--out", tmp_path / "run", "--port", port]
+    check(arguments, 1, [port], absent=tmp_path / "run")

@@ -90,3 +90,11 @@ def test_frozen_parameters_are_constants_of_the_programs(stage: Stage) -> None:
     assert compiled.parity.tensor_error < 1e-4
     content = stage.model.get_parameter("block.0.weight").detach().numpy().tobytes()
     assert all(content in file for file in compiled.files.values())
+
+
+def test_dropout_is_refused_in_one_line_that_names_the_stage(stage: Stage) -> None:
+    stage.model.block.add_module("dropout", torch.nn.Dropout(0.5))
+    with pytest.raises(
+        RunError, match=r"stage 'narrow part' cannot be compiled: .*dropout cannot be trained yet"
+    ):
+        compile_stage(stage, OPTIONS)

@@ -142,7 +142,7 @@ def _messages() -> dict[str, Message]:
             evaluate=True,
             deadline_seconds=600.0,
         ),
-        "Answer": Answer(lease=LEASE, answer="refused", reason='needs 12 MB, has "8 MB"\n'),
+        "Answer": Answer(lease=LEASE, answer="refused", reason='needs 12 MB, has "8 MB" \\ µ'),
         "ContentRequest": ContentRequest(hashes=[*index.chunks]),
         "BlobIndex": index,
         "UpdateOffer": UpdateOffer(

@@ -237,7 +237,7 @@ def test_content_is_on_disk_before_it_is_in_place(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
     write_atomically(tmp_path / "file", b"content")
-    assert steps == ["fsync", "replace"]
+    assert steps == ["fsync", "replace", "fsync"]
 
 
 def flipped(content: bytes, bit: int) -> bytes:

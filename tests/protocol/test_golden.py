@@ -33,7 +33,7 @@ CHUNKS = [
     "4bd515be315046716e9ee4f36aa67051080e122a1eececa2708739e6fa5860ab",
     "110a348438ce4c5e8904fb58140ceed07452d0857cc482aa6e52e711d013bb8e",
 ]
-MANIFEST = "4c96207d58748b053c5926a54d370109b565be12304b18c2e15dc7c530e35fd0"
+MANIFEST = "1fbb948790a522ddf88ad11a770591a06cec2fbe6902b06cac1b1b95ab58d48f"
 INDEX = {"sha256": CONTENT, "size": 1100, "chunk_size": 1024, "chunks": CHUNKS}
 VALUES: dict[str, dict[str, Any]] = {
     "RunAnnouncement": {
@@ -69,7 +69,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "run": RUN,
         "lease": LEASE,
         "round": 3,
-        "manifest": {"sha256": MANIFEST, "size": 3747},
+        "manifest": {"sha256": MANIFEST, "size": 3762},
         "weights": {"sha256": CONTENT, "size": 1100},
         "epochs": 2,
         "learning_rate": 0.05,
@@ -77,7 +77,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "evaluate": True,
         "deadline_seconds": 600.0,
     },
-    "Answer": {"lease": LEASE, "answer": "refused", "reason": 'needs 12 MB, has "8 MB"\n'},
+    "Answer": {"lease": LEASE, "answer": "refused", "reason": 'needs 12 MB, has "8 MB" \\ µ'},
     "ContentRequest": {"hashes": CHUNKS},
     "BlobIndex": INDEX,
     "UpdateOffer": {

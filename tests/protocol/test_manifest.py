@@ -193,3 +193,15 @@ def test_planned_total_adds_every_kind() -> None:
 )
 def test_size_bytes_is_that_of_the_values(shape: tuple[int, ...], dtype: Any, size: int) -> None:
     assert TensorSpec(name="t", dtype=dtype, shape=shape).size_bytes == size
+
+
+def test_the_plan_covers_the_largest_frozen_block() -> None:
+    planned = PlannedMemory(arena=10, parameters=10, statistics=0, optimizer_state=0, batch=0, program=10)
+    x = TensorSpec(name="x", shape=(1, 5))
+    small, large = (
+        Program(file=BlobReference(sha256="0" * 64, size=size), inputs=[x], outputs=[x], arena_bytes=arena)
+        for size, arena in ((1, 1), (100, 7))
+    )
+    assert planned.behind([]).total == planned.total == 30
+    assert planned.behind([small]).total == 1 + 2 * 1 + 2 * 20
+    assert planned.behind([small, large]).total == 7 + 2 * 100 + 2 * 20

@@ -22,6 +22,7 @@ from frostline.protocol.messages import (
     RunAnnouncement,
     TrainingMetrics,
     UpdateOffer,
+    as_reason,
     decode,
 )
 from frostline.protocol.topics import NAME
@@ -30,7 +31,7 @@ HASHES = st.binary(min_size=32, max_size=32).map(bytes.hex)
 IDENTIFIERS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 COUNTS = st.integers(0, 2**53)
 SECONDS = st.floats(0, 10**7)
-REASONS = st.text(max_size=500)
+REASONS = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=500)
 CHUNK_SIZES = st.integers(1024, 8 * 2**20)
 NAMES = st.from_regex(NAME, fullmatch=True)
 
@@ -43,13 +44,13 @@ INDICES = st.builds(
     chunks=st.lists(HASHES, min_size=1, max_size=8),
 )
 METRICS = st.builds(
-    TrainingMetrics,
+    lambda correct, wrong, **rest: TrainingMetrics(evaluated=correct + wrong, correct=correct, **rest),
+    correct=st.integers(0, 2**52),
+    wrong=st.integers(0, 2**52),
     samples=st.integers(1, 2**40),
     steps=st.integers(1, 2**40),
     loss=st.floats(allow_nan=False, allow_infinity=False),
     seconds=SECONDS,
-    evaluated=COUNTS,
-    correct=COUNTS,
 )
 MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     BlobReference: REFERENCES,
@@ -341,3 +342,22 @@ def test_hostile_documents_are_violations(kind: type[Message], payload: bytes) -
 def test_messages_do_not_change_after_they_were_made() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Answer(lease=IDENTIFIER, answer="accepted").answer = "failed"  # type: ignore[misc]
+
+
+def test_no_device_gets_more_right_than_it_evaluated() -> None:
+    payload = b'{"samples": 1, "steps": 1, "loss": 0.5, "seconds": 1, "evaluated": 1, "correct": 2}'
+    with pytest.raises(ProtocolViolation, match="more right answers"):
+        decode(TrainingMetrics, payload)
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\n", "\x00", "\x9b"])
+def test_a_reason_cannot_move_the_cursor(character: str) -> None:
+    payload = json.dumps({"lease": "0" * 32, "answer": "failed", "reason": f"a{character}[2Jb"}).encode()
+    with pytest.raises(ProtocolViolation, match="reason"):
+        decode(Answer, payload)
+
+
+@given(st.text())
+def test_any_text_can_be_made_a_reason(text: str) -> None:
+    answer = Answer(lease="0" * 32, answer="failed", reason=as_reason(text))
+    assert decode(Answer, answer.encode()) == answer

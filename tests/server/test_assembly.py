@@ -1,0 +1,49 @@
+"""Resuming: only the run that was begun, and only while it is unfinished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from frostline.protocol.connection import BrokerAddress
+from frostline.protocol.errors import UsageError
+from frostline.server.assembly import Run, assemble
+from frostline.server.config import parse_config
+from frostline.server.coordinator import RunObserver
+from frostline.server.ledger import Ledger, sqlite_url
+
+TEXT = """
+[model]
+name = "small_cnn"
+blocks = 2
+input_shape = [1, 8, 8]
+classes = 10
+options = { width = 4 }
+
+[broker]
+url = "mqtt://127.0.0.1:1"
+"""
+
+
+def begin(text: str, out: Path, *, resume: bool) -> Run:
+    address = BrokerAddress.parse("mqtt://127.0.0.1:1")
+    return assemble(parse_config(text, "run.toml"), text, out, address, RunObserver(), resume=resume)
+
+
+def test_a_run_is_resumed_with_the_file_it_began_with(tmp_path: Path) -> None:
+    begin(TEXT, tmp_path / "run", resume=False)
+    begin(TEXT, tmp_path / "run", resume=True)
+    begin(TEXT.replace("127.0.0.1:1", "127.0.0.1:2"), tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match=r"\[model\] differs from .*config.toml"):
+        begin(TEXT.replace("width = 4", "width = 8"), tmp_path / "run", resume=True)
+
+
+def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
+    run = begin(TEXT, tmp_path / "run", resume=False)
+    ledger = Ledger(sqlite_url(run.folder.ledger_path))
+    ledger.run()
+    ledger.finish()
+    ledger.close()
+    with pytest.raises(UsageError, match="is finished"):
+        begin(TEXT, tmp_path / "run", resume=True)

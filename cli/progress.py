@@ -82,6 +82,8 @@ def print_summary(summary: RunSummary, folder: RunFolder, *, as_json: bool) -> N
     saved = 1 - summary.peak_planned_bytes / summary.full_model_planned_bytes
     peak, whole = format_size(summary.peak_planned_bytes), format_size(summary.full_model_planned_bytes)
     table = Table(title="Frostline run", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("accuracy", format_percent(summary.accuracy))
     table.add_row("blocks frozen by the pace controller", f"{summary.blocks_frozen} of {summary.blocks}")
     table.add_row("rounds", str(summary.rounds))

@@ -12,7 +12,8 @@ from frostline.protocol.tensors import Array
 class Aggregator:
     """A running weighted sum of updates: the memory of one model, however many devices answer.
 
-    The sum is kept in float64, so that the order in which updates arrive does not show in the float32 result.
+    The sum is kept in float64, so that the order in which updates arrive can show in the float32 result only as a rare
+    last bit.
 
     Parameters
     ----------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -24,7 +23,7 @@ from frostline.server.ledger import Ledger, sqlite_url
 from frostline.server.pace import PaceController, PaceReading
 from frostline.server.records import RoundRecord, RunSummary, StageRecord
 from frostline.server.report import write_report
-from frostline.server.round import Round, RoundPlan
+from frostline.server.round import Round, RoundPlan, wait_for_change
 from frostline.server.run_folder import RunFolder
 from frostline.server.schedule import GrowingSchedule, PreparedStage
 from frostline.server.selection import UniformSelector, admits
@@ -54,7 +53,6 @@ class _StageProgress:
     weights: dict[str, Array]
     weights_reference: BlobReference
     rounds: int = 0
-    last_accuracy: float | None = None
     leased_content: dict[str, set[str]] = field(default_factory=dict)
 
 
@@ -146,8 +144,7 @@ class Coordinator:
             f"waiting for {wanted} devices, at most {self._config.rounds.join_seconds:.0f} s"
         )
         while len(self._online()) < wanted and time.monotonic() < deadline:
-            self._gateway.changed.clear()
-            await _wait(self._gateway.changed)
+            await wait_for_change(self._gateway.changed)
 
     def _online(self) -> list[Presence]:
         records = self._gateway.devices.values()
@@ -261,8 +258,7 @@ class Coordinator:
                 return
             if time.monotonic() - waiting_since >= self._config.rounds.join_seconds:
                 raise RunError(self._explain_shortage(manifest, len(eligible), len(current.metrics)))
-            self._gateway.changed.clear()
-            await _wait(self._gateway.changed)
+            await wait_for_change(self._gateway.changed)
 
     def _explain_shortage(self, manifest: StageManifest, eligible: int, returned: int) -> str:
         online = self._online()
@@ -293,7 +289,6 @@ class Coordinator:
         evaluated = sum(m.evaluated for m in metrics)
         on_devices = sum(m.correct for m in metrics) / evaluated if evaluated else None
         capped = progress.rounds + 1 >= self._config.rounds.max_per_stage
-        progress.last_accuracy = accuracy if accuracy is not None else on_devices
         record = RoundRecord(
             stage=index,
             stage_name=self._schedule.name(index),
@@ -301,7 +296,7 @@ class Coordinator:
             round=number,
             round_in_stage=progress.rounds,
             loss=float(np.average([m.loss for m in metrics], weights=[m.samples for m in metrics])),
-            accuracy=progress.last_accuracy,
+            accuracy=accuracy if accuracy is not None else on_devices,
             accuracy_source="server" if accuracy is not None else "devices" if evaluated else "none",
             effective_movement=reading.effective_movement,
             movement_slope=reading.slope,
@@ -352,10 +347,3 @@ class Coordinator:
         write_report(self._folder, summary, records, self._config_text)
         self._ledger.finish()
         return summary
-
-
-async def _wait(event: asyncio.Event) -> None:
-    # wait_for would lose a cancellation that comes in the same turn of the loop as the event.
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.5):
-            await event.wait()

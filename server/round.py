@@ -95,8 +95,7 @@ class Round:
                     self._ask(device)
                 if not self._open:
                     return
-                self._gateway.changed.clear()
-                await _wait(self._gateway.changed)
+                await wait_for_change(self._gateway.changed)
         finally:
             self._gateway.listen(None)
 
@@ -222,7 +221,9 @@ class Round:
         self.notes.append(f"{held.device}: {state}: {reason}")
 
 
-async def _wait(event: asyncio.Event) -> None:
+async def wait_for_change(event: asyncio.Event) -> None:
+    """Wait until a device says something, or for a tick: deadlines pass in silence."""
+    event.clear()
     # wait_for would lose a cancellation that comes in the same turn of the loop as the event.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(TICK_SECONDS):

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from frostline.device_runtime.executorch_engine import ExecuTorchProgram
 from frostline.exporter.artifact import ExportOptions, compile_stage
 from frostline.exporter.cutting import cut
 from frostline.exporter.executorch_lowering import LoweredProgram, quiet
@@ -36,7 +37,6 @@ from frostline.exporter.training_step import StageState, initial_state, trace_tr
 with quiet():
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
     from executorch.exir.passes import MemoryPlanningPass
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 
 OPTIMIZER = SGD(momentum=0.9)
 IN_PLACE = MemoryPlanningPass(alloc_graph_input=False)
@@ -89,9 +89,9 @@ def runner(
     program: LoweredProgram, state: StageState, x: torch.Tensor, y: torch.Tensor
 ) -> Callable[[], object]:
     """A step of a lowered program over tensors of its own; warmed up unless it is the slow one."""
-    module = _load_for_executorch_from_buffer(program.content)
+    loaded = ExecuTorchProgram(program.content, "training")
     arguments = (*(t.clone() for t in state.tensors), x, y, torch.tensor(1e-4))
-    return lambda: module.run_method("forward", arguments, clone_outputs=False)
+    return lambda: loaded.run(arguments)
 
 
 def eager_runner(stage: Stage, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:

@@ -51,7 +51,7 @@ def test_the_summary_holds_what_scripts_read(finished: tuple[dict[str, Any], Pat
 
 
 def test_pytorch_and_the_program_agree_on_the_test_set(finished: tuple[dict[str, Any], Path]) -> None:
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+    from frostline.device_runtime.executorch_engine import ExecuTorchProgram
 
     summary, out = finished
     model = build_model("small_cnn", {"width": 8}, (1, 8, 8), 10).module
@@ -62,10 +62,10 @@ def test_pytorch_and_the_program_agree_on_the_test_set(finished: tuple[dict[str,
     accuracy = float((logits.argmax(1).numpy() == test.y).mean())
     assert accuracy == pytest.approx(summary["accuracy"], abs=1e-9)
 
-    program = _load_for_executorch_from_buffer((out / "model.pte").read_bytes())
+    program = ExecuTorchProgram((out / "model.pte").read_bytes(), "model.pte")
     padded = torch.zeros(-(-len(test) // 16) * 16, 1, 8, 8)
     padded[: len(test)] = torch.from_numpy(test.x)
-    batches = [program.run_method("forward", (rows,))[0].clone() for rows in padded.split(16)]
+    batches = [program.run([rows])[0].clone() for rows in padded.split(16)]
     by_program = torch.cat(batches)[: len(test)]
     assert torch.allclose(by_program, logits, atol=1e-4)
     assert np.array_equal(by_program.argmax(1).numpy(), logits.argmax(1).numpy())

@@ -29,6 +29,7 @@ from frostline.device_runtime.executorch_engine import ExecuTorchProgram
 from frostline.exporter.artifact import ExportOptions, compile_stage
 from frostline.exporter.cutting import cut
 from frostline.exporter.executorch_lowering import LoweredProgram, quiet
+from frostline.exporter.inputs import random_inputs
 from frostline.exporter.models.lookup import build_model
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.stage import Stage, build_stage
@@ -46,7 +47,7 @@ UNCHECKED = EdgeCompileConfig(_check_ir_validity=False)
 def measure(model: str, stage: Stage, batch: int, classes: int, runs: int, stock: bool) -> dict[str, Any]:
     """One row: the same step three ways."""
     state = initial_state(stage, OPTIMIZER)
-    x = torch.randn(batch, *stage.input_shape)
+    x = random_inputs(batch, stage.input_shape, stage.vocabulary, torch.Generator().manual_seed(0))
     y = torch.randint(0, classes, (batch,))
     compiled = compile_stage(stage, ExportOptions(batch, classes, OPTIMIZER))
     training = compiled.manifest.training
@@ -127,7 +128,7 @@ def main(
     rows = []
     for name in model or ["resnet18"]:
         spec = build_model(name, {}, None, 10)
-        parts = cut(spec.module, list(spec.default_blocks or ()) or 4, torch.zeros(2, *spec.input_shape))
+        parts = cut(spec.module, list(spec.default_blocks or ()) or 4, spec.example(2), spec.vocabulary)
         stages = range(len(parts.blocks))
         for index in track(stages, description=name, console=Console(stderr=True)):
             stage = build_stage(parts, index, seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,14 @@ from rich.table import Table
 
 from frostline.protocol.artifact import write_artifact
 from frostline.protocol.errors import UsageError
-from frostline.protocol.sizes import format_size
+from frostline.protocol.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from frostline.exporter.artifact import CompiledStage
+    from frostline.exporter.artifact import CompiledStage, ExportOptions
+    from frostline.exporter.cutting import CutModel
+    from frostline.exporter.parity import Parity
     from frostline.exporter.stage import Stage
+    from frostline.protocol.manifest import Program, StageManifest
 
 
 def export(
@@ -28,11 +32,19 @@ def export(
         Path, typer.Option(help="Folder for the artifacts, one sub-folder a stage. New or empty.")
     ],
     blocks: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="How many blocks, or the names of the modules each ends with: layer1,layer2,layer3."
+            help="How many blocks, or the names of the modules each ends with: layer1,layer2,layer3. "
+            "By default 4, or with --memory-budget as few as fit."
         ),
-    ] = "4",
+    ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="The planned memory no stage may exceed, such as 64MB: picks the cuts, and for each stage the "
+            "fastest variant that fits (micro-batches, recomputation)."
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-O", help="Passed to the model: width=32, norm=batch. May be repeated."),
@@ -41,13 +53,19 @@ def export(
         str | None, typer.Option(help="One sample's shape, such as 3,32,32. Needed for your own models.")
     ] = None,
     classes: Annotated[int | None, typer.Option(help="How many classes the model tells apart.")] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many token ids there are, for your own model that takes them."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a training step.")] = 16,
-    momentum: Annotated[
-        float, typer.Option(min=0, max=1, help="SGD's momentum, compiled into the step.")
-    ] = 0.9,
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw, compiled into the step.")] = "sgd",
+    momentum: Annotated[float, typer.Option(min=0, max=1, help="SGD's momentum.")] = 0.9,
+    nesterov: Annotated[bool, typer.Option("--nesterov", help="Nesterov's form of SGD's momentum.")] = False,
     weight_decay: Annotated[
-        float, typer.Option(min=0, max=1, help="L2 penalty, compiled into the step.")
+        float, typer.Option(min=0, help="L2 penalty for SGD, decoupled decay for AdamW.")
     ] = 0.0,
+    proximal: Annotated[float, typer.Option(min=0, help="The factor of FedProx's proximal term.")] = 0.0,
+    clip_norm: Annotated[float, typer.Option(min=0, help="Largest norm of all gradients; 0 for any.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Draws the initial weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
 ) -> None:
@@ -56,70 +74,100 @@ def export(
     Every stage gets a manifest with its planned memory, a training and an evaluation program, the programs of the
     frozen blocks before it and its initial weights.
     """
-    import torch
-
-    from frostline.exporter.artifact import (
-        ExportOptions,
-        arrays,
-        compile_prefix,
-        compile_stage,
-    )
+    from frostline.exporter.artifact import ExportOptions
     from frostline.exporter.cutting import cut
     from frostline.exporter.models.lookup import build_model
-    from frostline.exporter.optimizer import SGD
-    from frostline.exporter.stage import build_stage, statistics_tensors, trainable_tensors
+    from frostline.exporter.optimizer import build_optimizer
+    from frostline.exporter.planning import BudgetPlanner, balanced_cuts
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not an empty folder; choose another")
-    spec = build_model(model, _options(option or []), _shape(input_shape), classes, seed)
-    wanted = int(blocks) if blocks.isdigit() else [name.strip() for name in blocks.split(",")]
-    parts = cut(spec.module, wanted, torch.zeros(2, *spec.input_shape))
-    options = ExportOptions(batch=batch, classes=spec.classes, optimizer=SGD(momentum, weight_decay))
+    budget = parse_size(memory_budget, "--memory-budget") if memory_budget else None
+    settings = {"weight_decay": weight_decay, "proximal": proximal, "clip_norm": clip_norm}
+    trained_by = build_optimizer(optimizer, momentum=momentum, nesterov=nesterov, **settings)
+    spec = build_model(model, _options(option or []), _shape(input_shape), classes, seed, vocabulary)
+    options = ExportOptions(batch=batch, classes=spec.classes, optimizer=trained_by)
 
     console = Console(stderr=True)
-    prefix: list[Any] = []
-    prefix_files: dict[str, bytes] = {}
-    rows = []
-    for index in range(len(parts.blocks)):
-        stage = build_stage(parts, index, seed)
-        with console.status(f"stage {index + 1} of {len(parts.blocks)}: compiling {stage.name}"):
-            compiled = compile_stage(stage, options, prefix)
-            files = {**compiled.files, **prefix_files}
-            weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
-            write_artifact(out / f"stage-{index + 1}", compiled.manifest, files, weights)
-            if index + 1 < len(parts.blocks):
-                program, content = compile_prefix(stage, batch)
-                prefix.append(program)
-                prefix_files[program.file.sha256] = content
-        rows.append(_row(stage, compiled))
+    with console.status(f"cutting {model}") as status:
+        if budget is None:
+            parts = cut(spec.module, _blocks(blocks or "4"), spec.example(2), spec.vocabulary)
+            compiled = _compile(parts, options, seed, status.update)
+        else:
+            given = (
+                [cut(spec.module, _blocks(blocks), spec.example(batch), spec.vocabulary)] if blocks else None
+            )
+            planner = BudgetPlanner(options, budget, seed, status.update)
+            fitted = planner.fit(given or balanced_cuts(spec, batch))
+            parts, compiled = fitted.cut, fitted.stages
+        rows = _write(parts, compiled, options, seed, out)
     if as_json:
         typer.echo(json.dumps({"model": model, "batch": batch, "stages": rows}, indent=2))
     else:
         _print(Console(), model, batch, rows)
 
 
-def _row(stage: Stage, compiled: CompiledStage) -> dict[str, Any]:
-    planned = compiled.manifest.planned
+def _compile(
+    parts: CutModel, options: ExportOptions, seed: int, notify: Callable[[str], None]
+) -> list[CompiledStage]:
+    from frostline.exporter.artifact import compile_stage
+    from frostline.exporter.stage import build_stage
+
+    compiled = []
+    for index, block in enumerate(parts.blocks):
+        notify(f"stage {index + 1} of {len(parts.blocks)}: compiling {block.name}")
+        compiled.append(compile_stage(build_stage(parts, index, seed), options))
+    return compiled
+
+
+def _write(
+    parts: CutModel, compiled: list[CompiledStage], options: ExportOptions, seed: int, out: Path
+) -> list[dict[str, Any]]:
+    """Write every stage behind the blocks before it, frozen as they are; a row of figures for each."""
+    from frostline.exporter.artifact import arrays, compile_prefix
+    from frostline.exporter.stage import build_stage, statistics_tensors, trainable_tensors
+
+    prefix: list[Program] = []
+    prefix_files: dict[str, bytes] = {}
+    rows = []
+    for index, each in enumerate(compiled):
+        stage = build_stage(parts, index, seed)
+        manifest = each.manifest.behind(prefix)
+        weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
+        write_artifact(out / f"stage-{index + 1}", manifest, {**each.files, **prefix_files}, weights)
+        if index + 1 < len(compiled):
+            program, content = compile_prefix(stage, options.batch)
+            prefix.append(program)
+            prefix_files[program.file.sha256] = content
+        rows.append(_row(stage, manifest, each.parity))
+    return rows
+
+
+def _row(stage: Stage, manifest: StageManifest, parity: Parity) -> dict[str, Any]:
+    planned = manifest.planned
     return {
         "stage": stage.index + 1,
         "name": stage.name,
+        "variant": manifest.variant,
         "planned_bytes": planned.total,
         "memory": planned.model_dump(),
-        "loss_error": compiled.parity.loss_error,
-        "tensor_error": compiled.parity.tensor_error,
+        "loss_error": parity.loss_error,
+        "tensor_error": parity.tensor_error,
     }
 
 
 def _print(console: Console, model: str, batch: int, rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"{model}, batch {batch}: planned memory on a device")
-    for heading in ("stage", "block", "arena", "state", "program", "total", "error against eager"):
-        table.add_column(heading, justify="left" if heading == "block" else "right")
+    for heading in ("stage", "block", "variant", "arena", "state", "program", "total", "error against eager"):
+        table.add_column(heading, justify="left" if heading in ("block", "variant") else "right")
     for row in rows:
         memory = row["memory"]
-        state = memory["parameters"] + memory["statistics"] + memory["optimizer_state"]
+        kinds = ("parameters", "statistics", "optimizer_state", "received")
+        state = sum(memory[kind] for kind in kinds)
         table.add_row(
             str(row["stage"]),
             row["name"],
+            row["variant"],
             *(
                 format_size(size)
                 for size in (memory["arena"], state, memory["program"], row["planned_bytes"])
@@ -127,6 +175,10 @@ def _print(console: Console, model: str, batch: int, rows: list[dict[str, Any]])
             f"{row['tensor_error']:.0e}",
         )
     console.print(table)
+
+
+def _blocks(text: str) -> int | list[str]:
+    return int(text) if text.isdigit() else [name.strip() for name in text.split(",")]
 
 
 def _options(pairs: list[str]) -> dict[str, object]:

@@ -28,7 +28,9 @@ def inspect(
         title=f"stage {manifest.stage + 1} of {manifest.stages}: {manifest.name}", show_header=False
     )
     table.add_row("engine", manifest.engine)
-    table.add_row("batch", f"{manifest.batch} of {list(manifest.input_shape)} float32")
+    table.add_row(
+        "batch", f"{manifest.batch} of {list(manifest.input_shape)} {manifest.evaluation.inputs[-1].dtype}"
+    )
     table.add_row("frozen blocks before it", str(len(manifest.prefix)))
     for kind, size in manifest.planned.model_dump().items():
         table.add_row(kind.replace("_", " "), format_size(size))

@@ -1,4 +1,4 @@
-"""Converts stored images and labels to the arrays that `Samples` takes."""
+"""Converts stored images, token ids and labels to the arrays that `Samples` takes."""
 
 from __future__ import annotations
 
@@ -62,3 +62,33 @@ def checked_labels(labels: NDArray[np.integer[Any]], classes: int, path: Path) -
             f"{path}: labels span {lowest}..{highest} but there are {classes} classes; use 0..{classes - 1}"
         )
     return labels.astype(np.int64)
+
+
+def checked_token_ids(ids: NDArray[np.integer[Any]], path: Path) -> NDArray[np.int64]:
+    """Convert the token ids of a file to int64 once they are known to be in order.
+
+    Parameters
+    ----------
+    ids : ndarray of an integer dtype that int64 holds, shape (samples, tokens, ...)
+        Token ids.
+    path : Path
+        File that they come from, for the error.
+
+    Returns
+    -------
+    ndarray of int64, same shape
+        The ids; not copied where they are int64 already.
+
+    Raises
+    ------
+    UsageError
+        There is no axis of tokens, or an id is negative.
+    """
+    if ids.ndim < 2:
+        raise UsageError(
+            f"{path}: tensor 'x' holds integers of shape {ids.shape}; store token ids as (samples, tokens), and numbers "
+            "as floating point"
+        )
+    if ids.size and int(ids.min()) < 0:
+        raise UsageError(f"{path}: tensor 'x' holds the token id {ids.min()}; number the ids from 0")
+    return ids.astype(np.int64, copy=False)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from frostline.datasets.conversion import checked_labels
+from frostline.datasets.conversion import checked_labels, checked_token_ids
 from frostline.datasets.files import one_line
 from frostline.datasets.samples import SPLITS, Samples, Split
 from frostline.protocol.errors import UsageError
@@ -23,7 +23,11 @@ SUFFIX = ".safetensors"
 # A stray label would otherwise size the last layer of a model, and every per-class table, by itself.
 MAX_CLASSES = 1_000_000
 
-INPUT_DTYPES = ("U8", "F16", "F32", "F64")
+PIXEL_DTYPE = "U8"
+FLOAT_DTYPES = ("F16", "F32", "F64")
+# No text has ids beyond 32 bits without sign; uint64 would not fit int64. Bytes of text are not uint8: those are pixels.
+TOKEN_DTYPES = ("I16", "I32", "I64", "U16", "U32")
+INPUT_DTYPES = (PIXEL_DTYPE, *FLOAT_DTYPES, *TOKEN_DTYPES)
 LABEL_DTYPES = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
@@ -42,7 +46,7 @@ def save_samples(samples: Samples, path: Path) -> None:
     Parameters
     ----------
     samples : Samples
-        Written as ``x`` (float32), ``y`` (int64) and the metadata entry ``classes``.
+        Written as ``x`` (float32 or int64), ``y`` (int64) and the metadata entry ``classes``.
     path : Path
         File to write, named ``*.safetensors``, in a directory that exists; an existing file is replaced.
 
@@ -176,20 +180,32 @@ def _count_classes(contents: Sequence[_FileLabels]) -> int:
     return max(classes, 1)
 
 
-def _read_inputs(files: Sequence[Path], labels: dict[Path, NDArray[np.int64]]) -> NDArray[np.float32]:
-    parts: list[NDArray[np.float32]] = []
+Inputs = NDArray[np.float32] | NDArray[np.int64]
+
+
+def _read_inputs(files: Sequence[Path], labels: dict[Path, NDArray[np.int64]]) -> Inputs:
+    parts: list[Inputs] = []
     for path in files:
         part = _read_file_inputs(path, samples=len(labels[path]))
+        if parts and part.dtype != parts[0].dtype:
+            raise UsageError(
+                f"{path}: tensor 'x' holds {_kind(part)} but that of {files[0]} holds {_kind(parts[0])}; "
+                "store the same in every file"
+            )
         if parts and part.shape[1:] != parts[0].shape[1:]:
             raise UsageError(
                 f"{path}: samples have shape {part.shape[1:]} but those of {files[0]} have {parts[0].shape[1:]}; "
                 "store the same shape in every file"
             )
         parts.append(part)
-    return np.concatenate(parts)
+    return cast("Inputs", np.concatenate(parts))
 
 
-def _read_file_inputs(path: Path, samples: int) -> NDArray[np.float32]:
+def _kind(inputs: Inputs) -> str:
+    return "token ids" if inputs.dtype == np.int64 else "pixels or floating-point numbers"
+
+
+def _read_file_inputs(path: Path, samples: int) -> Inputs:
     with _opened(path) as handle:
         inputs = _read_tensor(handle, "x", INPUT_DTYPES, path)
     if inputs.ndim < 1 or len(inputs) != samples:
@@ -197,5 +213,8 @@ def _read_file_inputs(path: Path, samples: int) -> NDArray[np.float32]:
             f"{path}: tensor 'x' has shape {inputs.shape} but 'y' holds {samples} labels; "
             "store one label per sample"
         )
-    x = inputs.astype(np.float32, copy=False)
-    return x / np.float32(255) if inputs.dtype == np.uint8 else x
+    if inputs.dtype == np.uint8:
+        return inputs.astype(np.float32) / np.float32(255)
+    if inputs.dtype.kind == "f":
+        return inputs.astype(np.float32, copy=False)
+    return checked_token_ids(inputs, path)

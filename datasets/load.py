@@ -40,8 +40,8 @@ def load_samples(source: str, split: Split) -> Samples:
         looked for in ``$FROSTLINE_DATA/<name>``, then where Debian's package puts Fashion-MNIST, then in the folders
         under ``data/`` of the working directory that the archives unpack to.
 
-        The ``*.safetensors`` files of a directory hold ``x``, shape (samples, *features), as uint8 (scaled by 1/255)
-        or floating point (kept), and ``y``, shape (samples,), of any integer dtype. They are concatenated in the
+        The ``*.safetensors`` files of a directory hold ``x``, shape (samples, *features), as uint8 (pixels, scaled by
+        1/255), floating point (kept) or an integer of 16 bits or more (token ids, kept), and ``y``, shape (samples,), of any integer dtype. They are concatenated in the
         order of their names. Files named ``train*`` or ``test*``, and the files in folders named so, select the
         split, and other files are then left out; without any such name every file belongs to both splits. The number
         of classes is the ``classes`` entry of the files' metadata, else the largest label of both splits plus one.

@@ -23,8 +23,8 @@ class Samples:
 
     Parameters
     ----------
-    x : ndarray of float32, shape (samples, *features)
-        Inputs, already scaled the way the model expects them. NaN and infinity are let through.
+    x : ndarray of float32, shape (samples, *features), or of int64, shape (samples, tokens, ...)
+        Inputs, already scaled the way the model expects them, NaN and infinity let through; or token ids from zero on.
     y : ndarray of int64, shape (samples,)
         Labels, each in ``0 .. classes - 1``.
     classes : int
@@ -33,10 +33,11 @@ class Samples:
     Raises
     ------
     UsageError
-        A dtype or shape differs from the above, there are no samples, or a label is out of range.
+        A dtype or shape differs from the above, there are no samples, a token id is negative, or a label is out of
+        range.
     """
 
-    x: NDArray[np.float32]
+    x: NDArray[np.float32] | NDArray[np.int64]
     y: NDArray[np.int64]
     classes: int
 
@@ -45,8 +46,8 @@ class Samples:
         self._check_labels()
 
     def _check_arrays(self) -> None:
-        if self.x.dtype != np.float32:
-            raise UsageError(f"samples: x is {self.x.dtype}; convert it to float32")
+        if self.x.dtype not in (np.float32, np.int64):
+            raise UsageError(f"samples: x is {self.x.dtype}; convert it to float32, or token ids to int64")
         if self.y.dtype != np.int64:
             raise UsageError(f"samples: y is {self.y.dtype}; convert it to int64")
         if self.x.ndim < 1 or self.y.ndim != 1:
@@ -61,6 +62,16 @@ class Samples:
             )
         if len(self.y) == 0:
             raise UsageError("samples: x and y are empty; give at least one sample")
+        if self.x.dtype == np.int64:
+            self._check_token_ids()
+
+    def _check_token_ids(self) -> None:
+        if self.x.ndim < 2:
+            raise UsageError(
+                f"samples: x holds token ids of shape {self.x.shape}; give them as (samples, tokens)"
+            )
+        if self.x.size and int(self.x.min()) < 0:
+            raise UsageError(f"samples: x holds the token id {self.x.min()}; number the ids from 0")
 
     def _check_labels(self) -> None:
         if self.classes < 1:
@@ -121,9 +132,12 @@ class Samples:
         Returns
         -------
         str
-            SHA-256 in hexadecimal over `classes`, the shapes and the little-endian bytes of `x` and `y`.
+            SHA-256 in hexadecimal over `classes`, the dtype of `x`, the shapes and the little-endian bytes of `x` and
+            `y`.
         """
-        digest = hashlib.sha256(f"classes={self.classes} x={self.x.shape} y={self.y.shape}\n".encode())
-        digest.update(np.ascontiguousarray(self.x, dtype="<f4").reshape(-1).data)
+        header = f"classes={self.classes} x={self.x.dtype.name}{self.x.shape} y={self.y.shape}\n"
+        digest = hashlib.sha256(header.encode())
+        little_endian = self.x.dtype.newbyteorder("<")
+        digest.update(np.ascontiguousarray(self.x, dtype=little_endian).reshape(-1).data)
         digest.update(np.ascontiguousarray(self.y, dtype="<i8").data)
         return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from frostline.protocol.blobs import BlobStore
@@ -19,11 +19,15 @@ class TrainingSession(Protocol):
     def load(self, tensors: Mapping[str, Array]) -> None:
         """Set parameters and statistics by name and reset the optimizer's state."""
 
-    def step(self, x: Array, y: Array, learning_rate: float) -> tuple[float, int]:
-        """Train on one batch, `x` (batch, *input_shape) float32 and `y` (batch,) int64: loss and right answers."""
+    def step(self, parts: Iterable[tuple[Array, Array]], learning_rate: float) -> tuple[float, int]:
+        """Train on one batch: its mean loss, and how many were right before the step.
+
+        The batch comes in the manifest's `micro_batches` equal parts, each asked for when it is needed: `x`
+        (micro_batch, *input_shape) in the dtype of the program's input, and `y` (micro_batch,) int64.
+        """
 
     def evaluate(self, x: Array) -> Array:
-        """Logits (batch, classes) float32 of one batch, with the present state."""
+        """Logits (micro_batch, classes) float32 of `x` (micro_batch, *input_shape), with the present state."""
 
     def trained(self) -> dict[str, Array]:
         """The parameters and statistics by name; views of the session's memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -56,47 +56,68 @@ class ExecuTorchProgram:
 class ExecuTorchTrainingSession:
     """A stage trained in place.
 
-    One of its two programs is loaded at a time, since each brings an arena of its own.
+    The programs of a step are loaded together; that of the evaluation takes their place, since each brings an arena of
+    its own.
     """
 
     def __init__(self, manifest: StageManifest, store: BlobStore) -> None:
         self._manifest = manifest
         self._store = store
-        self._loaded: tuple[str, ExecuTorchProgram] | None = None
+        self._loaded: dict[str, ExecuTorchProgram] = {}
         self._trained = _zeros(manifest.trained)
         self._optimizer_state = _zeros(manifest.optimizer_state)
+        self._received = _zeros(manifest.received)
+        self._held = {**self._trained, **self._optimizer_state, **self._received}
 
     def load(self, tensors: Mapping[str, Array]) -> None:
         """Set parameters and statistics by name and reset the optimizer's state."""
         for name, tensor in self._trained.items():
             tensor.copy_(torch.from_numpy(np.array(tensors[name])))
+        for name, tensor in self._received.items():
+            tensor.copy_(self._trained[name.removeprefix("received.")])
         for tensor in self._optimizer_state.values():
             tensor.zero_()
 
-    def step(self, x: Array, y: Array, learning_rate: float) -> tuple[float, int]:
-        """Train on one batch: the loss, and how many were right before the step."""
-        program = self._program("training", self._manifest.training)
-        state = [*self._trained.values(), *self._optimizer_state.values()]
+    def step(self, parts: Iterable[tuple[Array, Array]], learning_rate: float) -> tuple[float, int]:
+        """Train on one batch, given in the manifest's micro-batches: its mean loss and right answers."""
+        update = self._manifest.update
+        programs = {"training": self._manifest.training, **({"update": update} if update else {})}
+        self._load_only(programs)
         rate = torch.tensor(learning_rate, dtype=torch.float32)
-        loss, correct = program.run([*state, torch.from_numpy(x), torch.from_numpy(y), rate])[-2:]
-        return float(loss), int(correct)
+        losses: list[float] = []
+        correct = 0
+        for x, y in parts:
+            first = torch.tensor(float(not losses))
+            batch = {"x": torch.from_numpy(x), "y": torch.from_numpy(y)}
+            loss, right = self._run("training", {**batch, "learning_rate": rate, "first": first})
+            losses.append(float(loss))
+            correct += int(right)
+        if update:
+            self._run("update", {"learning_rate": rate})
+        return sum(losses) / len(losses), correct
 
     def evaluate(self, x: Array) -> Array:
-        """Logits (batch, classes) float32 of one batch, with the present state."""
-        program = self._program("evaluation", self._manifest.evaluation)
-        logits: Array = program.run([*self._trained.values(), torch.from_numpy(x)])[-1].numpy().copy()
+        """Logits (micro_batch, classes) float32, with the present state."""
+        self._load_only({"evaluation": self._manifest.evaluation})
+        logits: Array = self._run("evaluation", {"x": torch.from_numpy(x)})[0].numpy().copy()
         return logits
 
     def trained(self) -> dict[str, Array]:
         """The parameters and statistics by name; views of the session's memory."""
         return {name: tensor.numpy() for name, tensor in self._trained.items()}
 
-    def _program(self, kind: str, program: Program) -> ExecuTorchProgram:
-        if self._loaded is None or self._loaded[0] != kind:
-            # The other program's arena is given back before this one's is taken.
-            self._loaded = None
-            self._loaded = kind, ExecuTorchProgram(self._store.read(program.file), kind)
-        return self._loaded[1]
+    def _load_only(self, programs: Mapping[str, Program]) -> None:
+        if self._loaded.keys() == programs.keys():
+            return
+        # The other programs' arenas are given back before these are taken.
+        self._loaded.clear()
+        for kind, program in programs.items():
+            self._loaded[kind] = ExecuTorchProgram(self._store.read(program.file), kind)
+
+    def _run(self, kind: str, step: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        program = getattr(self._manifest, kind)
+        tensors = {**self._held, **step}
+        return self._loaded[kind].run([_passed(tensors[spec.name], spec) for spec in program.inputs])
 
 
 class ExecuTorchPrefixSession:
@@ -121,6 +142,11 @@ class ExecuTorchRuntime:
     def open_prefix(self, program: Program, store: BlobStore) -> ExecuTorchPrefixSession:
         """Load a frozen block's program from `store`."""
         return ExecuTorchPrefixSession(program, store)
+
+
+def _passed(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """What a program is given of a tensor: all of it, or one of its tiles, in place."""
+    return tensor if spec.tile is None else tensor.view(-1, *spec.shape)[spec.tile]
 
 
 def _zeros(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:

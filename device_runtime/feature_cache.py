@@ -29,7 +29,7 @@ class FeatureCache:
     def features(
         self, x: Array, fingerprint: str, manifest: StageManifest, runtime: Runtime, store: BlobStore
     ) -> Array:
-        """The stage's input for every row of `x` (samples, *sample_shape) float32.
+        """The stage's input for every row of `x` (samples, *sample_shape), in the dtype the model takes.
 
         Returns
         -------
@@ -88,7 +88,7 @@ class FeatureCache:
         for start in range(0, len(features), batch):
             rows = features[start : start + batch]
             # The program's batch is fixed; the last one is filled up with zeros.
-            padded = np.zeros((batch, *features.shape[1:]), np.float32)
+            padded = np.zeros((batch, *features.shape[1:]), features.dtype)
             padded[: len(rows)] = rows
             mapped[start : start + len(rows)] = session.run(padded)[: len(rows)]
         mapped.flush()

@@ -20,6 +20,8 @@ from frostline.protocol.manifest import StageManifest, decode_manifest
 from frostline.protocol.messages import BlobReference, TrainingMetrics
 from frostline.protocol.tensors import Array, decode_tensors, encode_tensors
 
+_KINDS = {"float32": "numbers (float32)", "int64": "token ids (int64)"}
+
 HELD_OUT_EVERY = 10
 """When a run evaluates on devices, every tenth sample is kept out of training."""
 
@@ -72,11 +74,12 @@ def train(task: TrainingTask) -> TrainingMetrics:
     held_out = np.arange(len(samples)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     held_out &= task.evaluate
     evaluated = np.flatnonzero(held_out)
-    correct = _count_correct(session, features, samples.y, evaluated, manifest.batch)
+    correct = _count_correct(session, features, samples.y, evaluated, manifest.micro_batch)
     chosen = np.flatnonzero(~held_out)
     losses = []
     for batch in _batches(chosen, manifest.batch, task.epochs, task.seed):
-        loss, _ = session.step(np.ascontiguousarray(features[batch]), samples.y[batch], task.learning_rate)
+        parts = _parts(features, samples.y, batch, manifest.micro_batches)
+        loss, _ = session.step(parts, task.learning_rate)
         losses.append(loss)
         if not np.isfinite(loss):
             raise RunError(f"the loss is not finite after {len(losses)} steps; lower the run's learning rate")
@@ -106,6 +109,15 @@ def _check_fit(samples: Samples, manifest: StageManifest) -> None:
             f"this device's samples have shape {list(samples.x.shape[1:])}, "
             f"the model takes {list(manifest.sample_shape)}"
         )
+    taken, vocabulary = manifest.samples.dtype, manifest.samples.vocabulary
+    if samples.x.dtype != taken:
+        raise RunError(
+            f"this device's samples are {_KINDS[samples.x.dtype.name]}, the model takes {_KINDS[taken]}"
+        )
+    if vocabulary is not None and samples.x.size and int(samples.x.max()) >= vocabulary:
+        raise RunError(
+            f"this device's samples have token ids up to {samples.x.max()}, the model a vocabulary of {vocabulary}"
+        )
     if samples.classes > manifest.classes:
         raise RunError(f"this device's samples have {samples.classes} classes, the model {manifest.classes}")
 
@@ -122,6 +134,12 @@ def _batches(chosen: Array, batch: int, epochs: int, seed: int) -> Iterator[Arra
         order = np.resize(order, batch)
     for start in range(0, len(order) - batch + 1, batch):
         yield order[start : start + batch]
+
+
+def _parts(features: Array, y: Array, batch: Array, count: int) -> Iterator[tuple[Array, Array]]:
+    """The micro-batches of a batch, each read from the cache when its turn comes."""
+    for rows in np.split(batch, count):
+        yield np.ascontiguousarray(features[rows]), y[rows]
 
 
 def _count_correct(session: TrainingSession, features: Array, y: Array, chosen: Array, batch: int) -> int:

@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 
 from frostline.exporter.executorch_lowering import LoweredProgram, lower_delegated, lower_portable
-from frostline.exporter.optimizer import SGD
+from frostline.exporter.inputs import zero_inputs
+from frostline.exporter.optimizer import SGD, Optimizer
 from frostline.exporter.parity import Parity, check_parity
 from frostline.exporter.rewrites.executorch import rewrite_for_executorch
 from frostline.exporter.stage import Stage
+from frostline.exporter.support import check_dtypes, explain
+from frostline.exporter.tiles import pick, split_name
 from frostline.exporter.training_step import (
     StageState,
+    TracedProgram,
     initial_state,
+    trace_accumulation,
     trace_evaluation,
     trace_training_step,
+    trace_update,
 )
+from frostline.exporter.variant import WHOLE, Variant
 from frostline.protocol.blobs import reference_to
-from frostline.protocol.errors import FrostlineError, RunError
+from frostline.protocol.errors import FrostlineError, RunError, UsageError
 from frostline.protocol.manifest import (
     DType,
     PlannedMemory,
@@ -35,6 +42,10 @@ from frostline.protocol.tensors import Array
 _DTYPES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.int64: "int64"}
 
 
+PREFIX_BATCH = 8
+"""Samples a frozen block takes at a time: it runs once over all of them, and with little memory."""
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """How stages are compiled.
@@ -42,14 +53,14 @@ class ExportOptions:
     Attributes
     ----------
     batch : int
-        Samples in a training step; fixed in the program.
+        Samples in a training step; fixed in the programs.
     classes : int
         Width of the logits.
     """
 
     batch: int
     classes: int
-    optimizer: SGD = field(default_factory=SGD)
+    optimizer: Optimizer = field(default_factory=SGD)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,9 @@ class CompiledStage:
     parity: Parity
 
 
-def compile_stage(stage: Stage, options: ExportOptions, prefix: Sequence[Program] = ()) -> CompiledStage:
+def compile_stage(
+    stage: Stage, options: ExportOptions, prefix: Sequence[Program] = (), variant: Variant = WHOLE
+) -> CompiledStage:
     """Compile a stage's training and evaluation programs, and check the former against eager PyTorch.
 
     Parameters
@@ -74,22 +87,24 @@ def compile_stage(stage: Stage, options: ExportOptions, prefix: Sequence[Program
     RunError
         If the programs cannot be lowered, or do not train as eager PyTorch does.
     """
-    tensors = _StageTensors.of(stage, options)
+    tensors = StageTensors.of(stage, options, variant)
     with _explained(stage):
-        training = _lower_training(stage, options, tensors)
-        evaluation = _lower_evaluation(stage, tensors)
-    parity = check_parity(stage, training, tensors.state, options)
-    manifest = _manifest(stage, options, prefix, tensors, training, evaluation)
-    contents = {reference_to(p.content).sha256: p.content for p in (training, evaluation)}
+        programs = _LoweredStage(
+            *(_lower(traced, tensors) for traced in trace_training(stage, options, tensors, variant)),
+            evaluation=_lower(_trace_evaluation(stage, tensors), tensors),
+        )
+        parity = check_parity(stage, programs.training, programs.update, tensors, options)
+    manifest = _manifest(stage, options, variant, prefix, tensors, programs)
+    contents = {reference_to(p.content).sha256: p.content for p in programs.all}
     return CompiledStage(manifest, contents, parity)
 
 
-def plan_stage(stage: Stage, options: ExportOptions) -> PlannedMemory:
+def plan_stage(stage: Stage, options: ExportOptions, variant: Variant = WHOLE) -> PlannedMemory:
     """What training a stage takes, without an artifact to show for it: evaluation needs no more than training."""
-    tensors = _StageTensors.of(stage, options)
+    tensors = StageTensors.of(stage, options, variant)
     with _explained(stage):
-        training = _lower_training(stage, options, tensors)
-    return _planned(training, training, tensors)
+        traced = trace_training(stage, options, tensors, variant)
+        return _planned([_lower(each, tensors) for each in traced], tensors)
 
 
 def compile_prefix(stage: Stage, batch: int) -> tuple[Program, bytes]:
@@ -98,12 +113,13 @@ def compile_prefix(stage: Stage, batch: int) -> tuple[Program, bytes]:
     Its input is the features before the block, its output the features that the next stage trains on.
     """
     block = stage.model.block.eval()
-    x = torch.zeros(batch, *stage.input_shape)
+    x = zero_inputs(min(batch, PREFIX_BATCH), stage.input_shape, stage.vocabulary)
     with torch.no_grad():
         features = block(x)
     with _explained(stage):
         lowered = lower_delegated(block, [x])
-    return _program(lowered, [_spec("x", x)], [_spec("features", features)]), lowered.content
+    inputs = [_spec("x", x, stage.vocabulary)]
+    return _program(lowered, inputs, [_spec("features", features)]), lowered.content
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
@@ -118,32 +134,89 @@ def _program(lowered: LoweredProgram, inputs: list[TensorSpec], outputs: list[Te
 
 
 @dataclass(frozen=True)
-class _StageTensors:
-    """The arguments of a stage's training step: its state and one batch of zeros."""
+class StageTensors:
+    """All that a stage's programs take: its state, and one micro-batch of zeros, with the vocabulary of token ids."""
 
     state: StageState
     x: Tensor
     y: Tensor
-    learning_rate: Tensor
+    vocabulary: int | None
 
     @classmethod
-    def of(cls, stage: Stage, options: ExportOptions) -> Self:
-        x = torch.zeros(options.batch, *stage.input_shape)
-        y = torch.zeros(options.batch, dtype=torch.int64)
-        return cls(initial_state(stage, options.optimizer), x, y, torch.tensor(0.1))
+    def of(cls, stage: Stage, options: ExportOptions, variant: Variant) -> Self:
+        """The tensors of one variant.
+
+        Raises
+        ------
+        UsageError
+            If the batch does not divide into the variant's micro-batches, or a tensor of the model is not float32.
+        """
+        check_dtypes(stage.model)
+        samples, rest = divmod(options.batch, variant.micro_batches)
+        if rest:
+            raise UsageError(
+                f"a batch of {options.batch} cannot be trained in {variant.micro_batches} equal parts; "
+                f"use a multiple of {variant.micro_batches}"
+            )
+        x = zero_inputs(samples, stage.input_shape, stage.vocabulary)
+        y = torch.zeros(samples, dtype=torch.int64)
+        return cls(initial_state(stage, options.optimizer, variant), x, y, stage.vocabulary)
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """Every input a program may name."""
+        scalars = {"learning_rate": torch.tensor(0.1), "first": torch.tensor(1.0)}
+        return {**self.state.by_name, "x": self.x, "y": self.y, **scalars}
 
 
-def _lower_training(stage: Stage, options: ExportOptions, tensors: _StageTensors) -> LoweredProgram:
-    step = trace_training_step(
-        stage, options.optimizer, tensors.state, tensors.x, tensors.y, rewrite_for_executorch
-    )
-    return lower_portable(step, [*tensors.state.tensors, tensors.x, tensors.y, tensors.learning_rate])
+def trace_training(
+    stage: Stage, options: ExportOptions, tensors: StageTensors, variant: Variant
+) -> list[TracedProgram]:
+    """The programs of a step: one, or one for a micro-batch and one for the update."""
+    optimizer, state, x, y = options.optimizer, tensors.state, tensors.x, tensors.y
+    if variant.micro_batches == 1:
+        return [trace_training_step(stage, optimizer, state, x, y, rewrite_for_executorch, variant)]
+    return [
+        trace_accumulation(stage, optimizer, state, x, y, rewrite_for_executorch, variant),
+        trace_update(stage, optimizer, state, rewrite_for_executorch),
+    ]
 
 
-def _lower_evaluation(stage: Stage, tensors: _StageTensors) -> LoweredProgram:
-    state = tensors.state
-    traced = trace_evaluation(stage, state, tensors.x, rewrite_for_executorch)
-    return lower_portable(traced, [*state.parameters.values(), *state.statistics.values(), tensors.x])
+def _trace_evaluation(stage: Stage, tensors: StageTensors) -> TracedProgram:
+    return trace_evaluation(stage, tensors.state, tensors.x, rewrite_for_executorch)
+
+
+@dataclass(frozen=True)
+class LoweredStageProgram:
+    """A lowered program and the names of its inputs."""
+
+    inputs: tuple[str, ...]
+    lowered: LoweredProgram
+
+    @property
+    def content(self) -> bytes:
+        """The program as a file."""
+        return self.lowered.content
+
+
+@dataclass(frozen=True)
+class _LoweredStage:
+    training: LoweredStageProgram
+    update: LoweredStageProgram | None = None
+    evaluation: LoweredStageProgram = field(kw_only=True)
+
+    @property
+    def of_a_step(self) -> list[LoweredStageProgram]:
+        """Those that are loaded together to train."""
+        return [self.training, *([self.update] if self.update else [])]
+
+    @property
+    def all(self) -> list[LoweredStageProgram]:
+        return [*self.of_a_step, self.evaluation]
+
+
+def _lower(traced: TracedProgram, tensors: StageTensors) -> LoweredStageProgram:
+    return LoweredStageProgram(traced.inputs, lower_portable(traced, traced.arguments(tensors.by_name)))
 
 
 @contextlib.contextmanager
@@ -154,52 +227,83 @@ def _explained(stage: Stage) -> Iterator[None]:
     except FrostlineError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "; dropout cannot be trained yet, leave it out" if "bernoulli" in str(error) else ""
-        raise RunError(f"stage {stage.name!r} cannot be compiled: {reason[0]}{hint}") from error
+        x = zero_inputs(2, stage.input_shape, stage.vocabulary)
+        raise RunError(
+            f"stage {stage.name!r} cannot be compiled: {explain(error, stage.model, x)}"
+        ) from error
 
 
 def _manifest(
     stage: Stage,
     options: ExportOptions,
+    variant: Variant,
     prefix: Sequence[Program],
-    tensors: _StageTensors,
-    training: LoweredProgram,
-    evaluation: LoweredProgram,
+    tensors: StageTensors,
+    programs: _LoweredStage,
 ) -> StageManifest:
     state = tensors.state
-    parameters = [_with_axes(spec, stage) for spec in _specs(state.parameters)]
-    trained = parameters + _specs(state.statistics)
-    x, y, rate = _spec("x", tensors.x), _spec("y", tensors.y), _spec("learning_rate", tensors.learning_rate)
     results = [TensorSpec(name="loss", shape=()), TensorSpec(name="correct", dtype="int64", shape=())]
-    logits = TensorSpec(name="logits", shape=(options.batch, options.classes))
+    logits = TensorSpec(name="logits", shape=(len(tensors.x), options.classes))
+    update = programs.update
     return StageManifest(
         stage=stage.index,
         stages=stage.count,
         name=stage.name,
         engine="executorch",
+        variant=variant.name,
         batch=options.batch,
+        micro_batches=variant.micro_batches,
         classes=options.classes,
-        parameters=parameters,
+        parameters=[_with_axes(spec, stage) for spec in _specs(state.parameters)],
         statistics=_specs(state.statistics),
         optimizer_state=_specs(state.optimizer_state),
-        training=_program(training, [*trained, *_specs(state.optimizer_state), x, y, rate], results),
-        evaluation=_program(evaluation, [*trained, x], [logits]),
+        received=_specs(state.received),
+        training=_stage_program(programs.training, tensors, results),
+        update=_stage_program(update, tensors, [TensorSpec(name="learning_rate", shape=())])
+        if update
+        else None,
+        evaluation=_stage_program(programs.evaluation, tensors, [logits]),
         prefix=list(prefix),
-        planned=_planned(training, evaluation, tensors).behind(prefix),
+        planned=_planned(programs.of_a_step, tensors, programs.evaluation).behind(prefix),
     )
 
 
-def _planned(training: LoweredProgram, evaluation: LoweredProgram, tensors: _StageTensors) -> PlannedMemory:
+def _stage_program(program: LoweredStageProgram, tensors: StageTensors, outputs: list[TensorSpec]) -> Program:
+    inputs = [_input_spec(name, tensors) for name in program.inputs]
+    return _program(program.lowered, inputs, outputs)
+
+
+def _input_spec(name: str, tensors: StageTensors) -> TensorSpec:
+    whole, tile = split_name(name)
+    vocabulary = tensors.vocabulary if name == "x" else None
+    return _spec(whole, pick(tensors.by_name, name), vocabulary).model_copy(update={"tile": tile})
+
+
+def _planned(
+    step: Sequence[LoweredStageProgram],
+    tensors: StageTensors,
+    evaluation: LoweredStageProgram | None = None,
+) -> PlannedMemory:
+    # The programs of a step are loaded together, that of the evaluation in their place.
+    loaded = [list(step), [evaluation] if evaluation else []]
+    return planned_memory(
+        tensors,
+        arena=max(sum(program.lowered.arena_bytes for program in programs) for programs in loaded),
+        program=max(sum(len(program.content) for program in programs) for programs in loaded),
+    )
+
+
+def planned_memory(tensors: StageTensors, *, arena: int, program: int) -> PlannedMemory:
+    """The whole of it, from the bytes of the arenas and programs loaded together."""
     state = tensors.state
-    # One of the two programs is loaded at a time, with its arena.
     return PlannedMemory(
-        arena=max(training.arena_bytes, evaluation.arena_bytes),
+        arena=arena,
         parameters=_size(state.parameters.values()),
         statistics=_size(state.statistics.values()),
         optimizer_state=_size(state.optimizer_state.values()),
-        batch=_size([tensors.x, tensors.y, tensors.learning_rate]),
-        program=max(len(training.content), len(evaluation.content)),
+        received=_size(state.received.values()),
+        batch=_size([tensors.x, tensors.y, torch.tensor(0.1)]),
+        program=program,
     )
 
 
@@ -216,5 +320,6 @@ def _specs(tensors: Mapping[str, Tensor]) -> list[TensorSpec]:
     return [_spec(name, tensor) for name, tensor in tensors.items()]
 
 
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    return TensorSpec(name=name, dtype=_DTYPES[tensor.dtype], shape=tuple(tensor.shape))
+def _spec(name: str, tensor: Tensor, vocabulary: int | None = None) -> TensorSpec:
+    dtype, shape = _DTYPES[tensor.dtype], tuple(tensor.shape)
+    return TensorSpec(name=name, dtype=dtype, shape=shape, vocabulary=vocabulary)

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd
 
+from frostline.exporter.support import check_values
 from frostline.exporter.tracing import TracedModel, describe, find_attribute, shape_read, trace
 from frostline.protocol.errors import UsageError
 
@@ -42,15 +43,19 @@ class Block:
     name
         Qualified name of the child whose output ends the block, or of the operator where no child ends there.
     module
-        One float tensor (batch, \*input_shape) in, one (batch, \*output_shape) out, for any batch size.
+        One tensor (batch, \*input_shape) in, one (batch, \*output_shape) out, for any batch size; float, but for the
+        first block of a model that takes token ids.
     input_shape, output_shape
         Shape of one sample.
+    vocabulary
+        Where the input is token ids, int64, how many there are; ``None`` where it is float.
     """
 
     name: str
     module: fx.GraphModule
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class CutModel:
     head: fx.GraphModule
 
 
-def cut(module: nn.Module, blocks: int | Sequence[str], example: torch.Tensor) -> CutModel:
+def cut(
+    module: nn.Module, blocks: int | Sequence[str], example: torch.Tensor, vocabulary: int | None = None
+) -> CutModel:
     """Cut ``module`` into blocks and a head that share its parameters and buffers.
 
     Parameters
@@ -83,6 +90,8 @@ def cut(module: nn.Module, blocks: int | Sequence[str], example: torch.Tensor) -
         backward pass, and three times its parameter bytes.
     example
         One batch of input on the model's device, the batch as the first dimension.
+    vocabulary
+        Number of token ids; needed where ``example`` is int64.
 
     Returns
     -------
@@ -94,10 +103,12 @@ def cut(module: nn.Module, blocks: int | Sequence[str], example: torch.Tensor) -
     UsageError
         A name is unknown, repeated or out of order; a cut is crossed by anything but one tensor; there are fewer
         places to cut than asked for; a parameter is used by two parts or by none; a block has nothing to train; or
-        the model cannot be traced.
+        the model cannot be traced or holds what no stage can train, see `frostline.exporter.support`.
     """
     names = () if isinstance(blocks, int) else tuple(blocks)
     _check_request(module, blocks, names)
+    _check_vocabulary(module, example, vocabulary)
+    check_values(module, example)
     traced = trace(module, example, whole=names)
     layout = _Layout(traced)
     if isinstance(blocks, int):
@@ -108,7 +119,18 @@ def cut(module: nn.Module, blocks: int | Sequence[str], example: torch.Tensor) -
         _check_order(names, ends)
     for name, end in zip(names, ends, strict=True):
         _check_crossing(layout, name, end)
-    return _assemble(layout, names, ends)
+    return _assemble(layout, names, ends, vocabulary)
+
+
+def _check_vocabulary(module: nn.Module, example: torch.Tensor, vocabulary: int | None) -> None:
+    if (example.dtype == torch.int64) != (vocabulary is not None):
+        needed = (
+            "needs a vocabulary" if vocabulary is None else f"has no use for a vocabulary of {vocabulary}"
+        )
+        raise UsageError(
+            f"model {type(module).__name__} is given {str(example.dtype).removeprefix('torch.')} input, which {needed}: "
+            "give one with int64 token ids only"
+        )
 
 
 def _check_request(module: nn.Module, blocks: int | Sequence[str], names: tuple[str, ...]) -> None:
@@ -171,8 +193,7 @@ class _Layout:
 
     def cost(self, index: int) -> int:
         """Return what step ``index`` adds to its block in training, in bytes."""
-        node = self.traced.steps[index]
-        kept = self.traced.sizes.get(node) if node.op in ("call_module", "call_function") else None
+        kept = self.traced.sizes.get(self.traced.steps[index])
         parameters = (tensor for _, tensor in self.tensors[index] if isinstance(tensor, nn.Parameter))
         state = sum(each.numel() * each.element_size() for each in parameters)
         return (kept.nbytes if kept else 0) + STATE_PER_PARAMETER * state
@@ -243,6 +264,11 @@ def _check_crossing(layout: _Layout, name: str, end: int) -> None:
             f"block {name!r} returns shape {list(shape)} for a batch of {layout.traced.batch}: "
             "end it where the batch is the first dimension"
         )
+    if not layout.traced.sizes[node].dtype.is_floating_point:
+        raise UsageError(
+            f"block {name!r} returns {str(layout.traced.sizes[node].dtype).removeprefix('torch.')}, which carries no "
+            "gradient: end it where floating-point features are handed on"
+        )
 
 
 def _name_of(traced: TracedModel, node: fx.Node) -> str:
@@ -289,6 +315,8 @@ def _is_candidate(layout: _Layout, end: int) -> bool:
     size = layout.traced.sizes.get(node)
     if size is None or len(size.shape) < FEATURE_DIMENSIONS or size.shape[0] != layout.traced.batch:
         return False
+    if not size.dtype.is_floating_point:
+        return False
     return layout.crossing(end) == [node]
 
 
@@ -298,7 +326,10 @@ def _is_global_pool(layout: _Layout, node: fx.Node) -> bool:
     if isinstance(child, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)) or name.startswith("adaptive_"):
         return True
     averages = isinstance(child, _AvgPoolNd) or name == "mean" or name.startswith("avg_pool")
-    return averages and all(length == 1 for length in layout.traced.sizes[node].shape[2:])
+    lengths = layout.traced.sizes[node].shape[1:]
+    # The mean over tokens leaves the last axis, where poolings and the mean over pixels leave the first.
+    over_tokens = name == "mean" and all(length == 1 for length in lengths[:-1])
+    return averages and (over_tokens or all(length == 1 for length in lengths[1:]))
 
 
 def _only_rearranges(layout: _Layout, node: fx.Node) -> bool:
@@ -376,7 +407,7 @@ def _cheapest_partition(layout: _Layout, ends: Sequence[int], count: int) -> lis
     return chosen[::-1]
 
 
-def _assemble(layout: _Layout, names: Sequence[str], ends: Sequence[int]) -> CutModel:
+def _assemble(layout: _Layout, names: Sequence[str], ends: Sequence[int], vocabulary: int | None) -> CutModel:
     traced = layout.traced
     starts = [0, *(end + 1 for end in ends)]
     stops = [*starts[1:], len(traced.steps)]
@@ -395,8 +426,10 @@ def _assemble(layout: _Layout, names: Sequence[str], ends: Sequence[int]) -> Cut
         for source, output, start, stop in zip(inputs, outputs, starts, stops, strict=True)
     ]
     shapes = [traced.sizes[node].shape[1:] for node in inputs]
-    chain = zip(names, parts, pairwise(shapes), strict=False)
-    return CutModel(tuple(Block(name, part, *ends_of) for name, part, ends_of in chain), parts[-1])
+    vocabularies = [vocabulary, *[None] * len(names)]
+    chain = zip(names, parts, pairwise(shapes), vocabularies, strict=False)
+    linked = tuple(Block(name, part, *ends_of, taken) for name, part, ends_of, taken in chain)
+    return CutModel(linked, parts[-1])
 
 
 def _check_tensors(

@@ -7,11 +7,12 @@ import gc
 import io
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -25,6 +26,8 @@ aten = torch.ops.aten
 
 _STDERR = 2
 
+NO_KERNEL = "ExecuTorch has no kernel for it"
+
 
 @dataclass(frozen=True)
 class LoweredProgram:
@@ -32,6 +35,23 @@ class LoweredProgram:
 
     content: bytes
     arena_bytes: int
+
+
+class UnsupportedOperators(Exception):
+    """The runtime cannot execute some operators of a program.
+
+    Attributes
+    ----------
+    operators : tuple of str
+        Without overload and output variant, such as ``aten.cumsum``; at least one.
+    reason : str
+        What the runtime says about them.
+    """
+
+    def __init__(self, operators: Iterable[str], reason: str) -> None:
+        self.operators = tuple(operator.replace("::", ".") for operator in operators)
+        self.reason = reason
+        super().__init__(f"{', '.join(self.operators)}: {reason}")
 
 
 def lower_portable(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredProgram:
@@ -46,7 +66,7 @@ def lower_portable(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredPro
         edge = to_edge(_exported(module, arguments), compile_config=configuration)
         planning = MemoryPlanningPass(alloc_graph_input=False)
         backend = ExecutorchBackendConfig(passes=[write_back_early], memory_planning_pass=planning)
-        return _serialized(edge.to_executorch(backend))
+        return _serialized(edge, backend)
 
 
 def lower_delegated(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredProgram:
@@ -58,7 +78,31 @@ def lower_delegated(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredPr
 
         edge = to_edge_transform_and_lower(_exported(module, arguments), partitioner=[XnnpackPartitioner()])
         planning = MemoryPlanningPass(alloc_graph_input=False)
-        return _serialized(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)))
+        return _serialized(edge, ExecutorchBackendConfig(memory_planning_pass=planning))
+
+
+def run_program(module: Any, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Run the method of a program that the runtime has loaded; outputs alias its memory. To be called within `quiet`.
+
+    Raises
+    ------
+    UnsupportedOperators
+        If an operator refuses its arguments.
+    """
+    try:
+        outputs: Sequence[Tensor] = module.run_method("forward", tuple(arguments), clone_outputs=False)
+    except RuntimeError:
+        # The error is a bare number. What the runtime logs, through sys.stderr, says more: it is made to fail again.
+        log = io.StringIO()
+        with contextlib.redirect_stderr(log), contextlib.suppress(RuntimeError):
+            module.run_method("forward", tuple(arguments), clone_outputs=False)
+        operator = re.search(r"in operator (\w+::\w+)", log.getvalue())
+        if operator is None:
+            raise
+        reason = re.search(r"Check failed \(.*\): (\S.*)", log.getvalue())
+        explanation = reason[1] if reason else "it refuses its arguments"
+        raise UnsupportedOperators([operator[1]], f"ExecuTorch says: {explanation}") from None
+    return outputs
 
 
 def write_back_early(module: fx.GraphModule) -> PassResult:
@@ -103,9 +147,29 @@ def _exported(module: nn.Module, arguments: Sequence[Tensor]) -> ExportedProgram
     return export(module, tuple(arguments), strict=False)
 
 
-def _serialized(program: Any) -> LoweredProgram:
+def _serialized(edge: Any, backend: Any) -> LoweredProgram:
+    try:
+        program = edge.to_executorch(backend)
+    except RuntimeError as error:
+        if "Missing out variants" not in str(error):
+            raise
+        raise UnsupportedOperators(sorted(re.findall(r"\w+::\w+", str(error))), NO_KERNEL) from error
     plan = program.executorch_program.execution_plan[0]
+    kernels = kernel_names()
+    without = [
+        each.name for each in plan.operators if not {each.name, f"{each.name}.{each.overload}"} & kernels
+    ]
+    if without:
+        raise UnsupportedOperators(without, NO_KERNEL)
     return LoweredProgram(bytes(program.buffer), sum(plan.non_const_buffer_sizes))
+
+
+def kernel_names() -> set[str]:
+    """The operators the runtime has kernels for, such as ``aten::add.out``."""
+    with quiet():
+        from executorch.extension.pybindings.portable_lib import _get_operator_names
+
+        return set(_get_operator_names())
 
 
 @contextlib.contextmanager

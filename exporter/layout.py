@@ -1,11 +1,13 @@
 """The order in which a device holds a stage's tensors.
 
-The kernels of convolutions are held, sent and averaged as (O, *kernel, C), the order their products read them in, so that
-no step has to turn them. Everything else keeps the model's order.
+The kernels of convolutions are held, sent and averaged as (O, *kernel, C), those of transposed ones as (C, *kernel, O): the
+order their products read them in, so that no step has to turn them. Large kernels are held as (*kernel, O, C), so that
+programs can take them in tiles (see `frostline.exporter.tiles`). Everything else keeps the model's order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,25 +15,46 @@ import torch
 from torch import Tensor, nn
 
 # The common base of Conv1d, Conv2d and Conv3d is public in all but name.
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
+
+TILED_BYTES = 2**20
+"""Kernels of this size are held in tiles: below it, more arguments cost more than smaller values save."""
+
+TILED_CHANNELS = 16
+"""Kernels that see fewer channels than this are multiplied whole."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """For each tensor that is held in another order, the axes of the model's tensor in the order they are held."""
+    """How a device holds the tensors of a stage.
+
+    Attributes
+    ----------
+    axes : mapping
+        For each tensor that is held in another order, the model's axes in the order they are held.
+    tiled : frozenset of str
+        Those that programs take in tiles.
+    """
 
     axes: Mapping[str, tuple[int, ...]]
+    tiled: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
         """The layout of a stage's model."""
-        return cls(
-            {
-                f"{name}.weight": (0, *range(2, module.weight.dim()), 1)
-                for name, module in model.named_modules()
-                if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
-            }
-        )
+        convolutions = {
+            f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, _ConvNd)
+        }
+        tiled = frozenset(name for name, module in convolutions.items() if _is_tiled(module))
+        axes = {
+            name: (*range(2, m.weight.dim()), 0, 1) if name in tiled else (0, *range(2, m.weight.dim()), 1)
+            for name, m in convolutions.items()
+        }
+        return cls(axes, tiled)
+
+    def is_tiled(self, name: str) -> bool:
+        """Whether programs take a parameter, or what the optimizer keeps of it (as `<kind>.<name>`), in tiles."""
+        return name in self.tiled or name.partition(".")[2] in self.tiled
 
     def held(self, name: str, tensor: Tensor) -> Tensor:
         """The model's `tensor` as devices hold it, contiguous."""
@@ -48,3 +71,15 @@ class Layout:
             return tensor
         axes = self.axes[name]
         return tensor.permute([axes.index(axis) for axis in range(len(axes))])
+
+
+def _is_tiled(module: _ConvNd) -> bool:
+    weight = module.weight
+    _, channels, *kernel = weight.shape
+    return (
+        not module.transposed
+        and module.groups == 1
+        and math.prod(kernel) > 1
+        and channels >= TILED_CHANNELS
+        and weight.numel() * weight.element_size() >= TILED_BYTES
+    )

@@ -5,24 +5,44 @@ module of ProFL (Wu et al., "Breaking the Memory Wall for Heterogeneous Federate
 KDD 2025, arXiv 2404.13349) and NeuLite (Wu et al., "NeuLite: Memory-Efficient Federated Learning via Elastic
 Progressive Training", arXiv 2408.10826): one 3×3 stride-2 convolution, without normalisation or activation, takes a
 block's place. Here the stride is the one that gives the block's own output shape.
+
+That is a layer for images. For tokens, and for single vectors, the stand-in is one linear layer over the features of each
+token: an extension of our own. Like the convolution it is linear, mixes all features and maps the block's input shape to
+its output shape; and since attention treats near and far tokens alike, a kernel over neighbouring ones would imitate
+nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from frostline.exporter.cutting import Block, CutModel
+from frostline.exporter.tracing import mode
 from frostline.protocol.errors import UsageError
 
 KERNEL = 3
 
-CONVOLUTIONS: dict[int, Callable[..., nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 """The convolution for each number of spatial dimensions."""
+
+FEATURES_SECOND = {
+    *("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"),
+    *("batch_norm", "group_norm", "instance_norm"),
+    *("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"),
+}
+"""Functions whose input is (batch, features, ...)."""
+
+FEATURES_LAST = {"linear", "layer_norm", "rms_norm", "multi_head_attention_forward"}
+"""Functions whose input is (batch, ..., features)."""
+
+PERMUTATIONS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}
 
 
 class OutputModule(nn.Module):
@@ -72,7 +92,8 @@ def build_output_module(cut: CutModel, stage: int, seed: int) -> OutputModule:
     Raises
     ------
     UsageError
-        There is no such stage, or one convolution cannot turn a later block's input into its output.
+        There is no such stage, or neither one convolution nor one linear layer can turn a later block's input into its
+        output.
     """
     if not 0 <= stage < len(cut.blocks):
         raise UsageError(
@@ -96,28 +117,82 @@ class _Reach:
 def _stand_in(block: Block, seed: int) -> nn.Module:
     incoming, outgoing = block.input_shape, block.output_shape
     convolution = CONVOLUTIONS.get(len(incoming) - 1)
-    if convolution is None or len(incoming) != len(outgoing):
+    if len(incoming) != len(outgoing) or (convolution is None and len(incoming) != 1):
         raise _cannot_imitate(
-            block, "they need to be (channels, length) or (channels, height, width) on both sides"
+            block,
+            "they need to be (features), (tokens, features), (channels, length) or (channels, height, width) on both "
+            "sides",
         )
-    axes = [_reach(*lengths) for lengths in zip(incoming[1:], outgoing[1:], strict=True)]
-    reached = [axis for axis in axes if axis is not None]
-    if len(reached) != len(axes):
-        raise _cannot_imitate(block, "no stride gives that height and width")
     # Constructing a layer draws weights from the global generator, which belongs to the caller.
     with torch.random.fork_rng(devices=[]):
-        layer = convolution(
-            incoming[0],
-            outgoing[0],
-            KERNEL,
-            stride=tuple(axis.stride for axis in reached),
-            padding=tuple(axis.padding for axis in reached),
-            bias=False,
-        )
+        layer: nn.Conv1d | nn.Conv2d | nn.Linear
+        if convolution is None or _features_last(block):
+            layer = _linear(block)
+        else:
+            layer = _convolution(block, convolution)
     # Fan-in scaling with gain 1 keeps the features' variance through a chain of layers without activations.
     generator = torch.Generator().manual_seed(seed)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="linear", generator=generator)
     return layer.to(next(block.module.parameters()))
+
+
+def _linear(block: Block) -> nn.Linear:
+    if block.input_shape[:-1] != block.output_shape[:-1]:
+        raise _cannot_imitate(block, "a linear layer keeps the number of tokens")
+    return nn.Linear(block.input_shape[-1], block.output_shape[-1], bias=False)
+
+
+def _convolution(block: Block, convolution: type[nn.Conv1d | nn.Conv2d]) -> nn.Conv1d | nn.Conv2d:
+    incoming, outgoing = block.input_shape, block.output_shape
+    axes = [_reach(*lengths) for lengths in zip(incoming[1:], outgoing[1:], strict=True)]
+    reached = [axis for axis in axes if axis is not None]
+    if len(reached) != len(axes):
+        raise _cannot_imitate(block, "no stride gives that height and width")
+    strides: Any = tuple(axis.stride for axis in reached)
+    paddings: Any = tuple(axis.padding for axis in reached)
+    return convolution(incoming[0], outgoing[0], KERNEL, strides, paddings, bias=False)
+
+
+def _features_last(block: Block) -> bool:
+    """Tell whether a block's output keeps its features on the last axis, as tokens do, or on the first, as images do.
+
+    The shape does not say: 64 tokens of 128 features look like 64 channels of 128 readings. So the block is run once,
+    and the last layer whose kind shows where its features are decides, followed through the permutations behind it.
+    """
+    first = next(block.module.parameters())
+    x = torch.zeros(1, *block.input_shape, dtype=first.dtype, device=first.device)
+    watch = _FeatureAxis(len(block.output_shape) + 1)
+    with torch.no_grad(), mode(block.module, training=False), watch:
+        block.module(x)
+    return watch.axis not in (None, 1)
+
+
+class _FeatureAxis(TorchFunctionMode):
+    """Follows on which axis of the tensors with `dimensions` axes the features are, in `axis`; `None` until known."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.axis: int | None = None
+        self._dimensions = dimensions
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        x = args[0] if args else None
+        name = getattr(func, "__name__", "")
+        # Layers on fewer axes, such as those of squeeze-and-excitation, see features without their places.
+        if isinstance(x, torch.Tensor) and x.dim() >= min(self._dimensions, 3):
+            if name in FEATURES_SECOND:
+                self.axis = 1
+            elif name in FEATURES_LAST:
+                self.axis = self._dimensions - 1
+            elif name in PERMUTATIONS and self.axis is not None and x.dim() == self._dimensions:
+                # Lengths that differ tell the axes apart, however the permutation was asked for.
+                marked = torch.empty(tuple(range(x.dim())), device="meta")
+                turned = func(marked, *args[1:], **(kwargs or {}))
+                self.axis = tuple(turned.shape).index(self.axis)
+        return result
 
 
 def _reach(incoming: int, outgoing: int) -> _Reach | None:

@@ -44,6 +44,8 @@ class Stage:
         The active block and its output module.
     input_shape : tuple of int
         Shape of one sample of the stage's input, without the batch axis.
+    vocabulary : int or None
+        Where the input is token ids, int64, how many there are; None where it is float32.
     """
 
     index: int
@@ -51,6 +53,7 @@ class Stage:
     name: str
     model: StageModel
     input_shape: tuple[int, ...]
+    vocabulary: int | None = None
 
     @cached_property
     def layout(self) -> Layout:
@@ -62,15 +65,14 @@ def build_stage(cut: CutModel, index: int, seed: int) -> Stage:
     """Stage `index` of `cut`; the output module's values come from `seed`."""
     block = cut.blocks[index]
     model = StageModel(block.module, build_output_module(cut, index, seed))
-    return Stage(index, len(cut.blocks), block.name, model, block.input_shape)
+    return Stage(index, len(cut.blocks), block.name, model, block.input_shape, block.vocabulary)
 
 
 def build_whole_model(cut: CutModel) -> Stage:
     """Train every block at once: the footprint that stages are compared with."""
     blocks = nn.Sequential(*(block.module for block in cut.blocks))
-    return Stage(
-        0, 1, "whole model", StageModel(blocks, OutputModule({}, cut.head)), cut.blocks[0].input_shape
-    )
+    model = StageModel(blocks, OutputModule({}, cut.head))
+    return Stage(0, 1, "whole model", model, cut.blocks[0].input_shape, cut.blocks[0].vocabulary)
 
 
 def trainable_tensors(stage: Stage) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from frostline.protocol.errors import UsageError
 
@@ -30,11 +31,14 @@ class TensorSize:
     shape
         With the batch as the first dimension.
     nbytes
-        Bytes of its elements.
+        Bytes of its elements; zero for a view of another value.
+    dtype
+        Element type.
     """
 
     shape: tuple[int, ...]
     nbytes: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,9 @@ def trace(module: nn.Module, example: torch.Tensor, whole: Collection[str]) -> T
     """
     title = type(module).__name__
     _check_inputs(module)
-    with _mode(module, training=True):
+    with mode(module, training=True):
         training = _trace_once(module, whole)
-    with _mode(module, training=False):
+    with mode(module, training=False):
         evaluation = _trace_once(module, whole)
         _check_same_in_both_modes(title, training.graph, evaluation.graph)
         sizes = _measure(module, evaluation, example)
@@ -244,7 +248,7 @@ def _trace_once(module: nn.Module, whole: Collection[str]) -> _ModelTracer:
     except Exception as error:  # tracing runs the model's code, which may raise anything
         where = f"module '{tracer.failed}'" if tracer.failed else "its forward"
         raise UsageError(
-            f"model {title} cannot be traced, in {where}: {_first_line(error)}: make it independent of tensor "
+            f"model {title} cannot be traced, in {where}: {first_line(error)}: make it independent of tensor "
             "values, or name a block that contains it, which is then kept whole"
         ) from error
     finally:
@@ -285,8 +289,18 @@ class _SizeRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, torch.Tensor):
-            self.sizes[n] = TensorSize(tuple(value.shape), value.numel() * value.element_size())
+            nbytes = 0 if self._is_view(n, value) else value.numel() * value.element_size()
+            self.sizes[n] = TensorSize(tuple(value.shape), nbytes, value.dtype)
         return value
+
+    def _is_view(self, node: fx.Node, value: torch.Tensor) -> bool:
+        inputs = pytree.tree_leaves([self.env.get(each) for each in node.all_input_nodes])
+        memory = {_memory(each) for each in inputs if isinstance(each, torch.Tensor)}
+        return _memory(value) in memory
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _measure(module: nn.Module, tracer: _ModelTracer, example: torch.Tensor) -> dict[fx.Node, TensorSize]:
@@ -301,10 +315,16 @@ def _measure(module: nn.Module, tracer: _ModelTracer, example: torch.Tensor) -> 
             recorder.run(example)
     except Exception as error:  # running the model raises whatever its operators raise
         raise UsageError(
-            f"model {type(module).__name__} does not run on an input of shape {list(example.shape)}: "
-            f"{_first_line(error)}: correct the input shape or the model"
+            f"model {type(module).__name__} does not run on an input of shape {list(example.shape)}, "
+            f"{str(example.dtype).removeprefix('torch.')}: {first_line(error)}: {_hint(error, example)}"
         ) from error
     return recorder.sizes
+
+
+def _hint(error: Exception, example: torch.Tensor) -> str:
+    if "indices" in str(error) and torch.is_floating_point(example):
+        return "give its vocabulary, if it takes token ids"
+    return "correct the input shape or the model"
 
 
 def _executable(attributes: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
@@ -350,7 +370,8 @@ def _owner(node: fx.Node) -> str:
 
 
 @contextmanager
-def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put a module and its children in training or evaluation mode for a while; each gets its own mode back."""
     before = {child: child.training for child in module.modules()}
     try:
         module.train(training)
@@ -360,7 +381,7 @@ def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
             child.training = mode
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return what an error says, cut to its first line.
 
     Parameters

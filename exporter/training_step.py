@@ -1,11 +1,11 @@
-"""One step of training a stage, optimizer included, as a flat graph of ATen operators over tensors the caller owns."""
+"""One step of training a stage, optimizer included, as flat graphs of ATen operators over tensors the caller owns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,146 +13,282 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from frostline.exporter.optimizer import SGD
+from frostline.exporter.optimizer import Optimizer
+from frostline.exporter.recomputation import RecomputingForward
 from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
+from frostline.exporter.tiles import kernel, pick, tile_name, tiles_of
+from frostline.exporter.variant import WHOLE, Variant
 
 Rewrite = Callable[[fx.GraphModule, Sequence[Tensor]], fx.GraphModule]
 """Turns a traced graph into one its runtime executes well, given the graph's arguments."""
 
+Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""Tensors by the names of the stage's model and features (N, *input_shape), to logits (N, classes)."""
+
+Results = tuple[Mapping[str, Tensor], list[Tensor]]
+"""New values of arguments by name, and what is returned."""
+
 
 @dataclass(frozen=True)
 class StageState:
-    """The tensors a training step mutates, by name, in the order of its arguments."""
+    """The tensors a device holds for training, by name.
+
+    Attributes
+    ----------
+    received : dict
+        The parameters as they came, as `received.<name>`, where the optimizer draws towards them; never written.
+    """
 
     parameters: dict[str, Tensor]
     statistics: dict[str, Tensor]
     optimizer_state: dict[str, Tensor]
+    received: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """All of them."""
+        return {**self.parameters, **self.statistics, **self.optimizer_state, **self.received}
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, flat."""
-        return [*self.parameters.values(), *self.statistics.values(), *self.optimizer_state.values()]
+        return list(self.by_name.values())
 
 
-def initial_state(stage: Stage, optimizer: SGD) -> StageState:
+def initial_state(stage: Stage, optimizer: Optimizer, variant: Variant = WHOLE) -> StageState:
     """The stage's present values with a fresh optimizer state."""
     parameters = trainable_tensors(stage)
-    return StageState(parameters, statistics_tensors(stage), optimizer.initial_state(parameters))
+    received = {f"received.{name}": p.clone() for name, p in parameters.items() if optimizer.proximal}
+    accumulating = variant.micro_batches > 1
+    optimizer_state = optimizer.initial_state(parameters, accumulating=accumulating)
+    return StageState(parameters, statistics_tensors(stage), optimizer_state, received)
 
 
-class TracedTrainingStep(nn.Module):
-    """`(state..., x, y, learning_rate) -> (loss, correct)`, the state mutated in place.
+class TracedProgram(nn.Module):
+    """A flat graph over tensors the caller owns.
 
-    `x` is (N, *input_shape) float32, `y` (N,) int64, `learning_rate` and `loss` scalars float32, `correct` a scalar
-    int64: how many of the batch the stage classified right before the step.
+    Attributes
+    ----------
+    inputs : tuple of str
+        Names of the arguments, in order.
+    written : tuple of str
+        Those that are written in place.
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[str], written: Sequence[str]) -> None:
         super().__init__()
         self.graph_module = graph
+        self.inputs = tuple(inputs)
+        self.written = tuple(written)
 
-    def forward(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the step once."""
-        new, loss, correct = self.graph_module(*arguments)
-        for old, value in zip(arguments, new, strict=False):
-            old.copy_(value)
-        return loss, correct
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph once; what it returns beside the arguments it writes."""
+        results = self.graph_module(*arguments)
+        for name, value in zip(self.written, results, strict=False):
+            arguments[self.inputs.index(name)].copy_(value)
+        return tuple(results[len(self.written) :])
 
-
-class TracedEvaluation(nn.Module):
-    """`(parameters..., statistics..., x) -> logits`, with the stage in evaluation mode."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__()
-        self.graph_module = graph
-
-    def forward(self, *arguments: Tensor) -> Tensor:
-        """Logits (N, classes) of a batch."""
-        logits: Tensor = self.graph_module(*arguments)
-        return logits
+    def arguments(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Copies of the arguments, picked by name: none shares memory with another."""
+        return [pick(tensors, name).clone() for name in self.inputs]
 
 
 def trace_training_step(
-    stage: Stage, optimizer: SGD, state: StageState, x: Tensor, y: Tensor, rewrite: Rewrite
-) -> TracedTrainingStep:
-    """Trace a step on the shapes of `x` and `y`, with `rewrite` applied to the graph.
+    stage: Stage,
+    optimizer: Optimizer,
+    state: StageState,
+    x: Tensor,
+    y: Tensor,
+    rewrite: Rewrite,
+    variant: Variant = WHOLE,
+) -> TracedProgram:
+    """Trace a step in one piece: `(state..., x, y, learning_rate) -> (loss, correct)`, the state written in place.
 
-    The loss is the mean cross-entropy of the stage's logits.
+    `x` is (N, *input_shape), `y` (N,) int64, `learning_rate` and `loss` scalars float32, `correct` a scalar int64: how
+    many of the batch the stage classified right before the step. The loss is the mean cross-entropy of its logits. The
+    shapes of `x` and `y` are fixed in the graph, and `rewrite` is applied to it.
     """
-    stage.model.train()
-    parameter_names, statistics_names = list(state.parameters), list(state.statistics)
+    forward = _forward(stage, variant)
+    names = _in_tiles(stage, state.parameters)
+
+    def step(tensors: Mapping[str, Tensor]) -> Results:
+        parameters = {name: tensors[name] for name in names}
+        new: dict[str, Tensor] = {}
+        held: dict[str, Tensor] = {}
+
+        def update(gradients: Mapping[str, Tensor]) -> None:
+            chosen = {name: parameters[name] for name in gradients}
+            changed, new_state = optimizer.update(chosen, gradients, tensors, tensors["learning_rate"])
+            new.update({**changed, **new_state})
+
+        def on_gradient(name: str, gradient: Tensor) -> None:
+            gradient = optimizer.penalized(gradient, parameters[name], tensors.get(f"received.{name}"))
+            # Each parameter is updated as soon as its gradient is known, so that gradients are never held together,
+            # unless their common norm is asked for.
+            if optimizer.clip_norm:
+                held[name] = gradient
+            else:
+                update({name: gradient})
+
+        statistics, results = _backward(stage, forward, 1.0, state, tensors, on_gradient)
+        if held:
+            update(optimizer.clipped({name: held[name] for name in parameters}))
+        return {**new, **statistics}, results
+
+    inputs = _in_tiles(stage, state.by_name)
+    return _trace(step, {**inputs, "x": x, "y": y, "learning_rate": torch.tensor(0.1)}, rewrite)
+
+
+def trace_accumulation(
+    stage: Stage,
+    optimizer: Optimizer,
+    state: StageState,
+    x: Tensor,
+    y: Tensor,
+    rewrite: Rewrite,
+    variant: Variant,
+) -> TracedProgram:
+    """Trace one micro-batch of a step: `(state..., x, y, first) -> (loss, correct)`.
+
+    Its share of the gradients is added to the optimizer's state; `first`, a scalar float32, is 1 for the first
+    micro-batch of a step and 0 for the others. `x` and `y` hold the micro-batch, `loss` is its mean.
+    """
+    forward, share = _forward(stage, variant), 1 / variant.micro_batches
+
+    def accumulate(tensors: Mapping[str, Tensor]) -> Results:
+        new: dict[str, Tensor] = {}
+
+        def on_gradient(name: str, gradient: Tensor) -> None:
+            parameter = tensors[name]
+            gradient = optimizer.penalized(gradient, parameter, tensors.get(f"received.{name}"), share)
+            entry, value = optimizer.accumulate(name, parameter, gradient, tensors, tensors["first"], share)
+            new[entry] = value
+
+        statistics, results = _backward(stage, forward, share, state, tensors, on_gradient)
+        return {**new, **statistics}, results
+
+    inputs = _in_tiles(stage, state.by_name)
+    return _trace(accumulate, {**inputs, "x": x, "y": y, "first": torch.tensor(1.0)}, rewrite)
+
+
+def trace_update(stage: Stage, optimizer: Optimizer, state: StageState, rewrite: Rewrite) -> TracedProgram:
+    """Trace the end of a step in micro-batches: `(state..., learning_rate) -> learning_rate`, the state written.
+
+    ExecuTorch takes no program without a result.
+    """
+    names = _in_tiles(stage, state.parameters)
+
+    def finish(tensors: Mapping[str, Tensor]) -> Results:
+        parameters = {name: tensors[name] for name in names}
+        changed, new_state = optimizer.finish(parameters, tensors, tensors["learning_rate"])
+        return {**changed, **new_state}, [tensors["learning_rate"].clone()]
+
+    inputs = _in_tiles(stage, state.by_name)
+    return _trace(finish, {**inputs, "learning_rate": torch.tensor(0.1)}, rewrite)
+
+
+def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrite: Rewrite) -> TracedProgram:
+    """Trace the forward pass in evaluation mode: `(parameters..., statistics..., x) -> logits (N, classes)`."""
     fixed = _fixed_buffers(stage)
 
-    def step(*arguments: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        *tensors, x, y, learning_rate = arguments
-        parameters = dict(zip(parameter_names, tensors, strict=False))
-        rest = tensors[len(parameter_names) :]
-        statistics = dict(zip(statistics_names, rest, strict=False))
-        optimizer_state = dict(zip(state.optimizer_state, rest[len(statistics_names) :], strict=True))
+    def evaluate(tensors: Mapping[str, Tensor]) -> Results:
+        values = _of_model(stage, state, tensors) | {name: tensors[name] for name in state.statistics}
+        logits: Tensor = functional_call(stage.model, {**values, **fixed}, (tensors["x"],))
+        return {}, [logits]
 
-        # The model writes its running statistics in place; it gets copies, so that the caller's tensors change only
-        # once the whole step has been computed.
-        mutated = {name: value.clone() for name, value in {**statistics, **fixed}.items()}
-        leaves = {
-            name: stage.layout.model(name, value.detach()).requires_grad_()
-            for name, value in parameters.items()
-        }
-        with torch.enable_grad():
-            logits = functional_call(stage.model, {**leaves, **mutated}, (x,))
-            loss = F.cross_entropy(logits, y)
-        new_parameters: dict[str, Tensor] = {}
-        new_state: dict[str, Tensor] = {}
-
-        def update(name: str, gradient: Tensor) -> None:
-            gradients = {name: stage.layout.held_view(name, gradient)}
-            changed, state = optimizer.update(
-                {name: parameters[name]}, gradients, optimizer_state, learning_rate
-            )
-            new_parameters.update(changed)
-            new_state.update(state)
-
-        # Each parameter is updated as soon as its gradient is known, so that gradients are never held together.
-        for name, leaf in leaves.items():
-            leaf.register_hook(partial(update, name))
-        # Plain autograd, not torch.func.grad: that asks for gradients that can be differentiated again, and gets
-        # norms taken apart into dozens of operators in place of their backward operators.
-        torch.autograd.grad(loss, list(leaves.values()))
-        correct = (logits.argmax(1) == y).sum()
-        new_statistics = {name: mutated[name] for name in statistics_names}
-        new = [
-            *(new_parameters[name] for name in parameter_names),
-            *new_statistics.values(),
-            *(new_state[name] for name in state.optimizer_state),
-        ]
-        return new, loss.detach(), correct
-
-    graph = _trace(step, [*state.tensors, x, y, torch.tensor(0.1)], rewrite)
-    return TracedTrainingStep(graph)
-
-
-def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrite: Rewrite) -> TracedEvaluation:
-    """Trace the stage's forward pass in evaluation mode."""
     stage.model.eval()
-    names = [*state.parameters, *state.statistics]
-    fixed = _fixed_buffers(stage)
+    inputs = _in_tiles(stage, {**state.parameters, **state.statistics})
+    return _trace(evaluate, {**inputs, "x": x}, rewrite)
 
-    def evaluate(*arguments: Tensor) -> Tensor:
-        *tensors, x = arguments
-        values = {name: stage.layout.model(name, t) for name, t in zip(names, tensors, strict=True)}
-        logits: Tensor = functional_call(stage.model, {**values, **fixed}, (x,))
-        return logits
 
-    tensors = [*state.parameters.values(), *state.statistics.values()]
-    return TracedEvaluation(_trace(evaluate, [*tensors, x], rewrite))
+def _backward(
+    stage: Stage,
+    forward: Forward,
+    share: float,
+    state: StageState,
+    tensors: Mapping[str, Tensor],
+    on_gradient: Callable[[str, Tensor], None],
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Both passes over one (micro-)batch: the new statistics, and loss and right answers.
+
+    `on_gradient` is told of each parameter's gradient, as devices hold it, while the backward pass goes on.
+    """
+    # The model writes its running statistics in place; it gets copies, so that the caller's tensors change only once
+    # the whole step has been computed.
+    mutated = {n: value.clone() for n, value in _fixed_buffers(stage).items()}
+    mutated |= {name: tensors[name].clone() for name in state.statistics}
+    leaves = {n: tensors[n].detach().requires_grad_() for n in _in_tiles(stage, state.parameters)}
+    with torch.enable_grad():
+        logits = forward({**_of_model(stage, state, leaves), **mutated}, tensors["x"])
+        loss = F.cross_entropy(logits, tensors["y"])
+    for name, leaf in leaves.items():
+        leaf.register_hook(partial(on_gradient, name))
+    # Plain autograd, not torch.func.grad: that asks for gradients that can be differentiated again, and gets norms
+    # taken apart into dozens of operators in place of their backward operators.
+    torch.autograd.grad(loss, list(leaves.values()), torch.full_like(loss, share))
+    correct = (logits.argmax(1) == tensors["y"]).sum()
+    return {name: mutated[name] for name in state.statistics}, [loss.detach(), correct]
+
+
+def _in_tiles(stage: Stage, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as programs take them."""
+    taken: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if stage.layout.is_tiled(name):
+            taken |= {tile_name(name, index): tile for index, tile in enumerate(tiles_of(tensor))}
+        else:
+            taken[name] = tensor
+    return taken
+
+
+def _of_model(stage: Stage, state: StageState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's parameters, from `tensors` as programs take them."""
+    values: dict[str, Tensor] = {}
+    for name, held in state.parameters.items():
+        if stage.layout.is_tiled(name):
+            *size, _, _ = held.shape
+            values[name] = kernel([tensors[tile_name(name, i)] for i in range(math.prod(size))], size)
+        else:
+            values[name] = stage.layout.model(name, tensors[name])
+    return values
+
+
+def _forward(stage: Stage, variant: Variant) -> Forward:
+    """The stage's forward pass in training mode, as a function of the tensors that take the place of its own."""
+    stage.model.train()
+    if variant.recompute:
+        return RecomputingForward(stage)
+    return lambda tensors, x: functional_call(stage.model, dict(tensors), (x,))
 
 
 def _fixed_buffers(stage: Stage) -> dict[str, Tensor]:
     return {name: b for name, b in stage.model.named_buffers() if not torch.is_floating_point(b)}
 
 
-def _trace(function: Callable[..., Any], arguments: list[Tensor], rewrite: Rewrite) -> fx.GraphModule:
-    traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
-    graph: fx.GraphModule = traced(*arguments)
+def _trace(
+    function: Callable[[Mapping[str, Tensor]], Results], inputs: Mapping[str, Tensor], rewrite: Rewrite
+) -> TracedProgram:
+    written: list[str] = []
+
+    def flat(*arguments: Tensor) -> list[Tensor]:
+        new, results = function(dict(zip(inputs, arguments, strict=True)))
+        written[:] = new
+        return [*new.values(), *results]
+
+    traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)
+    graph: fx.GraphModule = traced(*inputs.values())
     graph.graph.eliminate_dead_code()
+    used = _drop_unused(graph, inputs, written)
+    return TracedProgram(rewrite(graph, [inputs[name] for name in used]), used, written)
+
+
+def _drop_unused(graph: fx.GraphModule, inputs: Mapping[str, Tensor], written: Sequence[str]) -> list[str]:
+    """Take away arguments the graph neither reads nor writes; the names of the others."""
+    used = []
+    for name, node in zip(inputs, graph.graph.find_nodes(op="placeholder"), strict=True):
+        if node.users or name in written:
+            used.append(name)
+        else:
+            graph.graph.erase_node(node)
     graph.recompile()
-    return rewrite(graph, arguments)
+    return used

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from frostline.protocol.errors import CorruptContent
 from frostline.protocol.messages import BlobReference, Count, Engine
@@ -16,6 +16,12 @@ MANIFEST_BYTES_LIMIT = 2**20
 
 DType = Literal["float32", "int64"]
 Dimension = Annotated[int, Field(ge=0, le=2**31)]
+STEP_INPUTS: dict[str, frozenset[str]] = {
+    "training": frozenset({"x", "y", "learning_rate", "first"}),
+    "update": frozenset({"learning_rate"}),
+    "evaluation": frozenset({"x"}),
+}
+"""What each program may take that changes with every call."""
 _ITEM_BYTES = {"float32": 4, "int64": 8}
 
 
@@ -30,12 +36,16 @@ class TensorSpec(_Document):
     ----------
     model_axes : tuple of int or None
         Where devices hold a parameter in another order than the model: the model's axes in the order they are held.
+    vocabulary : int or None
+        For an input of token ids: each is at least 0 and below this.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=512)]
     dtype: DType = "float32"
     shape: Annotated[tuple[Dimension, ...], Field(max_length=8)]
     model_axes: Annotated[tuple[Dimension, ...], Field(max_length=8)] | None = None
+    tile: Count | None = None
+    vocabulary: Annotated[int, Field(ge=1, le=2**31)] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -44,7 +54,11 @@ class TensorSpec(_Document):
 
 
 class Program(_Document):
-    """A compiled method: `inputs` in call order, `outputs` as returned; mutated inputs are not returned."""
+    """A compiled method: `inputs` in call order, `outputs` as returned; inputs it writes are not returned.
+
+    The inputs are the stage's own tensors by their names, and those of a step: `x`, `y`, `learning_rate`, and `first`,
+    which is 1 for the first micro-batch of a step and 0 for the others.
+    """
 
     file: BlobReference
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
@@ -57,6 +71,12 @@ class PlannedMemory(_Document):
 
     Attributes
     ----------
+    arena : int
+        What the runtime plans for the programs that are loaded at the same time.
+    received : int
+        The copy of the received parameters that a proximal term needs.
+    batch : int
+        One micro-batch.
     prefix : int
         What the largest frozen block takes beyond all the rest while it runs, before training; its weights counted
         twice, since XNNPACK packs a copy.
@@ -66,6 +86,7 @@ class PlannedMemory(_Document):
     parameters: Count
     statistics: Count
     optimizer_state: Count
+    received: Count
     batch: Count
     program: Count
     prefix: Count = 0
@@ -92,11 +113,21 @@ class StageManifest(_Document):
 
     Attributes
     ----------
+    variant : str
+        How a step is carried out, such as "whole", "micro4" or "micro4+recompute".
+    batch : int
+        Samples in a step.
+    micro_batches : int
+        Equal parts a batch is trained in.
+    received : list of TensorSpec
+        Copies the device keeps of the parameters as it received them, named `received.<parameter>`.
     training : Program
-        One optimizer step: (parameters, statistics, optimizer state, x, y, learning rate), the first three mutated in
-        place, to (loss, correct).
+        One micro-batch to (loss, correct), the stage's tensors written in place: a whole step, or where there is an
+        `update`, its part of the gradients.
+    update : Program or None
+        The end of a step in micro-batches.
     evaluation : Program
-        (parameters, statistics, x) to logits.
+        One micro-batch to logits.
     prefix : list of Program
         The frozen blocks in order, each with its weights inside; the features of one are the input of the next.
     """
@@ -106,15 +137,41 @@ class StageManifest(_Document):
     stages: Annotated[int, Field(ge=1, le=10_000)]
     name: str
     engine: Engine
+    variant: Annotated[str, Field(min_length=1, max_length=64)]
     batch: Annotated[int, Field(ge=1, le=65_536)]
+    micro_batches: Annotated[int, Field(ge=1, le=65_536)]
     classes: Annotated[int, Field(ge=1, le=10_000_000)]
     parameters: list[TensorSpec]
     statistics: list[TensorSpec]
     optimizer_state: list[TensorSpec]
+    received: list[TensorSpec]
     training: Program
+    update: Program | None
     evaluation: Program
     prefix: list[Program]
     planned: PlannedMemory
+
+    @model_validator(mode="after")
+    def _programs_fit(self) -> Self:
+        held = {spec.name: spec for spec in [*self.trained, *self.optimizer_state, *self.received]}
+        copies = {(f"received.{spec.name}", spec.dtype, spec.shape) for spec in self.parameters}
+        for spec in self.received:
+            if (spec.name, spec.dtype, spec.shape) not in copies:
+                raise ValueError(f"{spec.name!r} is no copy of a parameter")
+        programs = {"training": self.training, "update": self.update, "evaluation": self.evaluation}
+        for kind, program in programs.items():
+            for spec in program.inputs if program else ():
+                if spec.name not in STEP_INPUTS[kind]:
+                    _check_input(kind, spec, held)
+        if self._input.name != "x" or not self._input.shape:
+            raise ValueError("the last input of the evaluation is to be the batch x")
+        if self.micro_batch * self.micro_batches != self.batch:
+            raise ValueError(
+                f"{self.micro_batches} parts of {self.micro_batch} samples make no batch of {self.batch}"
+            )
+        if (self.micro_batches > 1) != (self.update is not None):
+            raise ValueError("a step in micro-batches ends with an update program, and no other does")
+        return self
 
     @property
     def trained(self) -> list[TensorSpec]:
@@ -122,23 +179,57 @@ class StageManifest(_Document):
         return [*self.parameters, *self.statistics]
 
     @property
+    def micro_batch(self) -> int:
+        """Samples the programs take at a time."""
+        return self._input.shape[0]
+
+    @property
+    def _input(self) -> TensorSpec:
+        return self.evaluation.inputs[-1]
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one sample at the stage's input, after the prefix."""
-        return self.evaluation.inputs[-1].shape[1:]
+        return self._input.shape[1:]
+
+    @property
+    def samples(self) -> TensorSpec:
+        """A batch of raw samples, before the prefix."""
+        return self.prefix[0].inputs[0] if self.prefix else self._input
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one raw sample, before the prefix."""
-        return self.prefix[0].inputs[0].shape[1:] if self.prefix else self.input_shape
+        return self.samples.shape[1:]
 
     @property
     def files(self) -> list[BlobReference]:
         """Every file the manifest names."""
-        return [self.training.file, self.evaluation.file, *(p.file for p in self.prefix)]
+        programs = [self.training, *([self.update] if self.update else []), self.evaluation, *self.prefix]
+        return [program.file for program in programs]
+
+    def behind(self, prefix: Sequence[Program]) -> StageManifest:
+        """The same stage behind these frozen blocks."""
+        return self.model_copy(update={"prefix": list(prefix), "planned": self.planned.behind(prefix)})
 
     def encode(self) -> bytes:
         """The manifest as the bytes that are hashed."""
         return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def _check_input(kind: str, spec: TensorSpec, held: Mapping[str, TensorSpec]) -> None:
+    """Refuse a program's input that the device has no memory for."""
+    if spec.name not in held:
+        raise ValueError(f"the {kind} program takes {spec.name!r}, which the stage does not have")
+    whole = held[spec.name]
+    if spec.tile is None:
+        fits = (spec.dtype, spec.shape) == (whole.dtype, whole.shape)
+    else:
+        size = spec.size_bytes
+        fits = spec.dtype == whole.dtype and size > 0 and whole.size_bytes % size == 0
+        fits = fits and (spec.tile + 1) * size <= whole.size_bytes
+    if not fits:
+        raise ValueError(f"the {kind} program takes {spec.name!r} in a shape that is not the stage's")
 
 
 def decode_manifest(content: bytes, source: str) -> StageManifest:

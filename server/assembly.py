@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from frostline.datasets.load import load_samples
 from frostline.datasets.samples import Samples
 from frostline.exporter.artifact import ExportOptions
 from frostline.exporter.cutting import cut
 from frostline.exporter.models.lookup import ModelSpec, build_model
-from frostline.exporter.optimizer import SGD
+from frostline.exporter.optimizer import build_optimizer
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
 from frostline.server.config import RunConfig, parse_config
@@ -58,9 +58,16 @@ def assemble(
     """
     test = load_samples(config.data.test, "test") if config.data.test else None
     spec = _model(config, test)
-    parts = cut(spec.module, config.model.blocks, torch.zeros(2, *spec.input_shape))
+    parts = cut(spec.module, config.model.blocks, spec.example(2), spec.vocabulary)
     training = config.training
-    optimizer = SGD(training.momentum, training.weight_decay)
+    optimizer = build_optimizer(
+        training.optimizer,
+        momentum=training.momentum,
+        nesterov=training.nesterov,
+        weight_decay=training.weight_decay,
+        proximal=training.proximal,
+        clip_norm=training.clip_norm,
+    )
     options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer)
     schedule = GrowingSchedule(spec, parts, options, config.run.seed, test)
     if resume:
@@ -105,4 +112,22 @@ def _model(config: RunConfig, test: Samples | None) -> ModelSpec:
                 f"which have shape {list(found[0])} and {found[1]} classes; leave them out"
             )
         shape, classes = found
-    return build_model(config.model.name, config.model.options, shape, classes, config.run.seed)
+    table = config.model
+    spec = build_model(table.name, table.options, shape, classes, config.run.seed, table.vocabulary)
+    if test is not None:
+        _check_inputs(test, spec, config)
+    return spec
+
+
+def _check_inputs(test: Samples, spec: ModelSpec, config: RunConfig) -> None:
+    source = f"the samples of data.test = {config.data.test!r}"
+    if (test.x.dtype == np.int64) != (spec.vocabulary is not None):
+        takes, given = ("numbers", "token ids") if spec.vocabulary is None else ("token ids", "numbers")
+        raise UsageError(
+            f"model {spec.name!r} takes {takes}, but {source} are {given}; change one of the two"
+        )
+    if spec.vocabulary is not None and test.x.size and int(test.x.max()) >= spec.vocabulary:
+        raise UsageError(
+            f"model {spec.name!r} has a vocabulary of {spec.vocabulary}, but {source} have token ids up to "
+            f"{test.x.max()}; raise the vocabulary"
+        )

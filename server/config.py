@@ -28,7 +28,8 @@ class RunTable(_Table):
 class ModelTable(_Table):
     """`[model]`: a built-in name or `package.module:factory`, and where it is cut.
 
-    `input_shape` and `classes` are needed only when the server holds no test data to take them from.
+    `input_shape` and `classes` are needed only when the server holds no test data to take them from; `vocabulary`, the
+    number of token ids, only by a model of one's own that takes them and has no option of that name.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelTable(_Table):
     blocks: Annotated[int, Field(ge=1)] | list[str] = 4
     input_shape: list[int] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
+    vocabulary: Annotated[int, Field(ge=1, le=2**31)] | None = None
 
 
 class DataTable(_Table):
@@ -50,13 +52,33 @@ class DataTable(_Table):
 
 
 class TrainingTable(_Table):
-    """`[training]`: what a device does with a lease."""
+    """`[training]`: what a device does with a lease.
+
+    Attributes
+    ----------
+    momentum, nesterov
+        SGD's alone.
+    weight_decay : float
+        An L2 penalty for SGD, decoupled decay for AdamW.
+    proximal : float
+        The factor of FedProx's term.
+    clip_norm : float
+        Largest norm of all gradients together; 0 for any.
+    variants : "auto" or "whole"
+        Whether devices with too little memory for a stage in one piece are served micro-batches and recomputation, or
+        left out.
+    """
 
     batch: Annotated[int, Field(ge=1, le=65_536)] = 16
     epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 0.05
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    proximal: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    clip_norm: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    variants: Literal["auto", "whole"] = "auto"
 
 
 class RoundsTable(_Table):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import RunError
 from frostline.protocol.manifest import StageManifest
 from frostline.protocol.messages import BlobReference, Presence, RunAnnouncement
+from frostline.protocol.sizes import format_size
 from frostline.protocol.tensors import Array, encode_tensors
 from frostline.protocol.topics import Topics
 from frostline.server.aggregation import Aggregator
@@ -26,7 +28,7 @@ from frostline.server.report import write_report
 from frostline.server.round import Round, RoundPlan, wait_for_change
 from frostline.server.run_folder import RunFolder
 from frostline.server.schedule import GrowingSchedule, PreparedStage
-from frostline.server.selection import UniformSelector, admits
+from frostline.server.selection import OfferedStage, UniformSelector, fastest_admitted
 from frostline.server.snapshots import read_arrays, store_arrays
 
 
@@ -47,13 +49,18 @@ class RunObserver:
 class _StageProgress:
     """Where a stage stands."""
 
-    prepared: PreparedStage
-    manifest_reference: BlobReference
+    offers: list[OfferedStage]
     pace: PaceController
     weights: dict[str, Array]
     weights_reference: BlobReference
     rounds: int = 0
+    budgets: set[int] = field(default_factory=set)
     leased_content: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def manifest(self) -> StageManifest:
+        """The stage trained in one piece."""
+        return self.offers[0].manifest
 
 
 class Coordinator:
@@ -187,19 +194,16 @@ class Coordinator:
                     return "round_cap", progress.weights_reference
                 await self._run_round(run, index, progress)
         finally:
-            self._gateway.content.withdraw(progress.manifest_reference)
-            for reference in progress.prepared.manifest.files:
-                self._gateway.content.withdraw(reference)
+            for offer in progress.offers:
+                for reference in (offer.reference, *offer.manifest.files):
+                    self._gateway.content.withdraw(reference)
 
     def _begin(self, index: int) -> _StageProgress:
         """Publish a stage and take up where the ledger says it stands."""
         prepared = self._schedule.prepare(index)
-        for content in prepared.files.values():
-            self._gateway.content.offer(content)
-        manifest_reference = self._gateway.content.offer(prepared.manifest.encode())
         pace = PaceController(self._config.pace, self._config.run.seed)
         weights_reference = store_arrays(self._weights, prepared.weights)
-        progress = _StageProgress(prepared, manifest_reference, pace, prepared.weights, weights_reference)
+        progress = _StageProgress([self._offer(prepared)], pace, prepared.weights, weights_reference)
         last = self._ledger.last_round(index)
         if last is not None:
             progress.rounds = self._ledger.begin_stage(index, self._schedule.name(index)).rounds
@@ -210,17 +214,45 @@ class Coordinator:
                 pace.restore(read_arrays(self._weights, snapshot))
         return progress
 
+    def _offer(self, prepared: PreparedStage) -> OfferedStage:
+        for content in prepared.files.values():
+            self._gateway.content.offer(content)
+        return OfferedStage(prepared.manifest, self._gateway.content.offer(prepared.manifest.encode()))
+
+    async def _offer_variants(self, index: int, progress: _StageProgress) -> None:
+        """Offer devices that cannot hold the stage in one piece the fastest variant that they can."""
+        if self._config.training.variants == "whole":
+            return
+        budgets = {
+            presence.memory_bytes
+            for presence in self._online()
+            if presence.samples and presence.memory_bytes < progress.manifest.planned.total
+        }
+        for budget in sorted(budgets - progress.budgets, reverse=True):
+            progress.budgets.add(budget)
+            self._observer.on_note(
+                f"{progress.manifest.name}: looking for a variant within {format_size(budget)}"
+            )
+            prepared = await asyncio.to_thread(self._schedule.prepare_within, index, budget)
+            if prepared and prepared.manifest.variant not in [o.manifest.variant for o in progress.offers]:
+                progress.offers.append(self._offer(prepared))
+                planned = format_size(prepared.manifest.planned.total)
+                self._observer.on_note(
+                    f"{progress.manifest.name}: offering {prepared.manifest.variant}, which takes {planned}"
+                )
+        progress.offers.sort(key=lambda offer: -offer.manifest.planned.total)
+
     async def _run_round(self, run: str, index: int, progress: _StageProgress) -> None:
         number = self._ledger.rounds()
         started = time.monotonic()
-        manifest = progress.prepared.manifest
+        await self._offer_variants(index, progress)
         self._ledger.open_round(number, index, progress.weights_reference)
         weights_reference = self._gateway.content.offer(encode_tensors(progress.weights))
-        plan = RoundPlan(number, run, manifest, progress.manifest_reference, weights_reference)
+        plan = RoundPlan(number, run, list(progress.offers), weights_reference)
         aggregator = Aggregator(progress.weights)
         current = Round(plan, self._config, self._gateway, self._ledger, aggregator, self._updates)
         try:
-            await self._collect(current, manifest, number)
+            await self._collect(current, plan, number)
         finally:
             self._gateway.content.withdraw(weights_reference)
         for note in current.notes:
@@ -229,7 +261,7 @@ class Coordinator:
         before = progress.weights_reference
         progress.weights = aggregator.result()
         progress.weights_reference = store_arrays(self._weights, progress.weights)
-        parameters = {spec.name for spec in manifest.parameters if spec.name.startswith("block.")}
+        parameters = {spec.name for spec in progress.manifest.parameters if spec.name.startswith("block.")}
         reading = progress.pace.observe({n: w for n, w in progress.weights.items() if n in parameters})
         accuracy = await asyncio.to_thread(self._schedule.accuracy, index, progress.weights)
         pace_reference = store_arrays(self._weights, progress.pace.snapshot())
@@ -245,11 +277,12 @@ class Coordinator:
                 self._weights.remove(reference)
         progress.rounds += 1
 
-    async def _collect(self, current: Round, manifest: StageManifest, number: int) -> None:
+    async def _collect(self, current: Round, plan: RoundPlan, number: int) -> None:
         """Run the round, again if need be, until it has the updates it needs."""
         waiting_since = time.monotonic()
         while True:
-            eligible = [d for d, r in self._gateway.devices.items() if admits(r.presence, manifest)]
+            devices = self._gateway.devices.items()
+            eligible = [device for device, r in devices if fastest_admitted(r.presence, plan.offers)]
             asked = current.asked
             await current.run(iter(self._selector.order(eligible, number)))
             if current.asked > asked:
@@ -257,7 +290,9 @@ class Coordinator:
             if len(current.metrics) >= self._config.rounds.minimum_updates:
                 return
             if time.monotonic() - waiting_since >= self._config.rounds.join_seconds:
-                raise RunError(self._explain_shortage(manifest, len(eligible), len(current.metrics)))
+                raise RunError(
+                    self._explain_shortage(plan.offers[-1].manifest, len(eligible), len(current.metrics))
+                )
             await wait_for_change(self._gateway.changed)
 
     def _explain_shortage(self, manifest: StageManifest, eligible: int, returned: int) -> str:
@@ -307,7 +342,8 @@ class Coordinator:
             samples=sum(m.samples for m in metrics),
             bytes_down=self._bytes_down(current, progress),
             bytes_up=current.bytes_up,
-            planned_bytes=progress.prepared.manifest.planned.total,
+            planned_bytes=progress.manifest.planned.total,
+            variants=Counter(current.variants[device].manifest.variant for device in current.accepted_by),
             seconds=seconds,
         )
         self._folder.record(record)
@@ -316,10 +352,10 @@ class Coordinator:
     def _bytes_down(self, current: Round, progress: _StageProgress) -> int:
         """Payload the devices of a round fetched: the weights each time, the programs once a device."""
         total = 0
-        manifest = progress.prepared.manifest
         for device in current.accepted_by:
+            offer = current.variants[device]
             known = progress.leased_content.setdefault(device, set())
-            wanted = {r.sha256: r.size for r in [progress.manifest_reference, *manifest.files]}
+            wanted = {r.sha256: r.size for r in [offer.reference, *offer.manifest.files]}
             total += sum(size for sha256, size in wanted.items() if sha256 not in known)
             total += progress.weights_reference.size
             known.update(wanted)
@@ -328,8 +364,8 @@ class Coordinator:
     async def _finish(self, whole: int) -> RunSummary:
         records = self._folder.records()
         model = self._schedule.trained_model()
-        shape = self._schedule.prepare(0).manifest.sample_shape
-        await asyncio.to_thread(write_final_model, self._folder, model, shape, self._config.training.batch)
+        example = self._schedule.example(self._config.training.batch)
+        await asyncio.to_thread(write_final_model, self._folder, model, example)
         summary = RunSummary(
             run=self._folder.path.name,
             accuracy=records[-1].accuracy,

@@ -12,11 +12,11 @@ from frostline.protocol.tensors import encode_tensors
 from frostline.server.run_folder import RunFolder
 
 
-def write_final_model(folder: RunFolder, model: nn.Module, sample_shape: tuple[int, ...], batch: int) -> None:
+def write_final_model(folder: RunFolder, model: nn.Module, example: torch.Tensor) -> None:
     """Write `model.safetensors`, the model's whole state_dict, and `model.pte`.
 
-    The program takes (batch, *sample_shape) float32 and returns logits (batch, classes); XNNPACK executes what it can.
+    The program takes a batch like `example` and returns logits (batch, classes); XNNPACK executes what it can.
     """
     write_atomically(folder.model_path, encode_tensors(arrays(model.state_dict())))
-    lowered = lower_delegated(model.eval(), [torch.zeros(batch, *sample_shape)])
+    lowered = lower_delegated(model.eval(), [example])
     write_atomically(folder.eval_program_path, lowered.content)

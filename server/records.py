@@ -59,7 +59,9 @@ class RoundRecord(_Record):
     bytes_up : int
         Bytes received from devices in the round.
     planned_bytes : int
-        Bytes of memory that training this stage takes on a device.
+        Bytes of memory that training this stage in one piece takes on a device.
+    variants : dict of str to int
+        How many of the devices trained which variant of the stage.
     seconds : float
         Wall-clock duration of the round.
     """
@@ -82,6 +84,7 @@ class RoundRecord(_Record):
     bytes_down: Count
     bytes_up: Count
     planned_bytes: Count
+    variants: dict[str, Count]
     seconds: float
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import CorruptContent
-from frostline.protocol.manifest import StageManifest
+from frostline.protocol.manifest import TensorSpec
 from frostline.protocol.messages import Answer, BlobReference, Lease, TrainingMetrics, UpdateOffer
 from frostline.protocol.tensors import decode_tensors
 from frostline.server.aggregation import Aggregator
 from frostline.server.config import RunConfig
 from frostline.server.gateway import Gateway
 from frostline.server.ledger import AcceptedUpdate, Ledger
-from frostline.server.selection import admits
+from frostline.server.selection import OfferedStage, fastest_admitted
 
 OFFLINE_GRACE_SECONDS = 10.0
 """How long a device with a lease may be gone before another takes its place."""
@@ -34,13 +34,23 @@ class _OpenLease:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What is fixed before a round begins."""
+    """What is fixed before a round begins.
+
+    Attributes
+    ----------
+    offers : sequence of OfferedStage
+        The variants of the stage, fastest first; all train the same tensors.
+    """
 
     number: int
     run: str
-    manifest: StageManifest
-    manifest_reference: BlobReference
+    offers: Sequence[OfferedStage]
     weights_reference: BlobReference
+
+    @property
+    def trained(self) -> list[TensorSpec]:
+        """The tensors an update holds."""
+        return self.offers[0].manifest.trained
 
 
 class Round:
@@ -70,6 +80,7 @@ class Round:
         self.metrics: list[TrainingMetrics] = []
         self.bytes_up = 0
         self.accepted_by: list[str] = []
+        self.variants: dict[str, OfferedStage] = {}
         self.notes: list[str] = []
         self._restore()
 
@@ -129,7 +140,7 @@ class Round:
         lease = self._open.get(offer.lease)
         if lease is None or lease.device != device:
             return "the lease is not open any more"
-        limit = sum(spec.size_bytes + 512 for spec in self._plan.manifest.trained) + 4096
+        limit = sum(spec.size_bytes + 512 for spec in self._plan.trained) + 4096
         if offer.content.size > limit:
             return f"an update of this stage has at most {limit} bytes"
         announced = self._gateway.devices[device].presence.samples if device in self._gateway.devices else 0
@@ -146,7 +157,7 @@ class Round:
         if self._ledger.has_update(offer.update):
             return "an update of this identifier was counted before"
         try:
-            tensors = decode_tensors(content, self._plan.manifest.trained, f"update of {device}")
+            tensors = decode_tensors(content, self._plan.trained, f"update of {device}")
         except CorruptContent as error:
             self._settle(offer.lease, "failed", str(error))
             return str(error)
@@ -163,7 +174,7 @@ class Round:
         """Take up a round that a killed server left: refold what was counted, keep the open leases."""
         for update in self._ledger.updates(self._plan.number):
             content = self._updates.read(update.content)
-            tensors = decode_tensors(content, self._plan.manifest.trained, f"update of {update.device}")
+            tensors = decode_tensors(content, self._plan.trained, f"update of {update.device}")
             self._aggregator.fold(tensors, update.metrics.samples)
             self.metrics.append(update.metrics)
             self.bytes_up += update.content.size
@@ -176,7 +187,7 @@ class Round:
                 self._open[row.lease] = self._lease(row.lease, row.device, session="")
 
     def _ask(self, device: str) -> None:
-        if device in self._asked or not admits(self._gateway.devices[device].presence, self._plan.manifest):
+        if device in self._asked or self._variant_for(device) is None:
             return
         lease = os.urandom(16).hex()
         session = self._gateway.devices[device].presence.session
@@ -185,13 +196,20 @@ class Round:
         self._ledger.add_lease(lease, self._plan.number, device)
         self._gateway.send_lease(device, self._open[lease].message)
 
+    def _variant_for(self, device: str) -> OfferedStage | None:
+        record = self._gateway.devices.get(device)
+        return fastest_admitted(record.presence, self._plan.offers) if record else None
+
     def _lease(self, lease: str, device: str, session: str) -> _OpenLease:
         training, rounds = self._config.training, self._config.rounds
+        # A device that is not there yet gets the variant that needs least, should it have lost its lease.
+        variant = self._variant_for(device) or self._plan.offers[-1]
+        self.variants[device] = variant
         message = Lease(
             run=self._plan.run,
             lease=lease,
             round=self._plan.number,
-            manifest=self._plan.manifest_reference,
+            manifest=variant.reference,
             weights=self._plan.weights_reference,
             epochs=training.epochs,
             learning_rate=training.learning_rate,

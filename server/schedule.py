@@ -15,11 +15,11 @@ from frostline.exporter.artifact import (
     ExportOptions,
     arrays,
     compile_prefix,
-    compile_stage,
     plan_stage,
 )
 from frostline.exporter.cutting import CutModel
 from frostline.exporter.models.lookup import ModelSpec
+from frostline.exporter.planning import StageVariants
 from frostline.exporter.stage import (
     build_stage,
     build_whole_model,
@@ -61,7 +61,7 @@ class GrowingSchedule:
         self._cut = cut
         self._options = options
         self._stages = [build_stage(cut, index, seed) for index in range(len(cut.blocks))]
-        self._compiled: dict[int, CompiledStage] = {}
+        self._variants = [StageVariants(stage, options) for stage in self._stages]
         self._whole: PlannedMemory | None = None
         self._prefix: list[Program] = []
         self._prefix_files: dict[str, bytes] = {}
@@ -76,10 +76,8 @@ class GrowingSchedule:
         return self._stages[index].name
 
     def plan(self, index: int) -> PlannedMemory:
-        """What training a stage takes on a device; compiles the stage on first use."""
-        if index not in self._compiled:
-            self._compiled[index] = compile_stage(self._stages[index], self._options)
-        return self._compiled[index].manifest.planned
+        """What training a stage in one piece takes on a device; compiles the stage on first use."""
+        return self._variants[index].compiled().manifest.planned
 
     def plan_whole_model(self) -> PlannedMemory:
         """What training the whole model at once would take, by the same count."""
@@ -88,13 +86,18 @@ class GrowingSchedule:
         return self._whole
 
     def prepare(self, index: int) -> PreparedStage:
-        """The stage behind the blocks that are frozen by now."""
-        self.plan(index)
-        compiled = self._compiled[index]
+        """The stage, trained in one piece, behind the blocks that are frozen by now."""
+        return self._prepared(index, self._variants[index].compiled())
+
+    def prepare_within(self, index: int, budget: int) -> PreparedStage | None:
+        """The same in the fastest variant that fits a budget in bytes; None if none does. May compile some."""
+        compiled = self._variants[index].fastest(budget, self._prefix)
+        return self._prepared(index, compiled) if compiled else None
+
+    def _prepared(self, index: int, compiled: CompiledStage) -> PreparedStage:
         stage = self._stages[index]
         weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
-        planned = compiled.manifest.planned.behind(self._prefix)
-        manifest = compiled.manifest.model_copy(update={"prefix": list(self._prefix), "planned": planned})
+        manifest = compiled.manifest.behind(self._prefix)
         return PreparedStage(manifest, {**compiled.files, **self._prefix_files}, weights)
 
     def accuracy(self, index: int, weights: Mapping[str, Array]) -> float | None:
@@ -122,6 +125,10 @@ class GrowingSchedule:
     def trained_model(self) -> torch.nn.Module:
         """The whole model with every frozen block and the last head in place."""
         return self._spec.module.eval()
+
+    def example(self, batch: int) -> Tensor:
+        """A batch of zeros as the model takes it."""
+        return self._spec.example(batch)
 
     def _load(self, index: int, weights: Mapping[str, Array]) -> torch.nn.Module:
         stage = self._stages[index]

@@ -8,7 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from frostline.protocol.manifest import StageManifest
-from frostline.protocol.messages import Presence
+from frostline.protocol.messages import BlobReference, Presence
+
+
+@dataclass(frozen=True)
+class OfferedStage:
+    """One variant of the stage that is being trained, as devices can fetch it."""
+
+    manifest: StageManifest
+    reference: BlobReference
+
+
+def fastest_admitted(presence: Presence, offers: Sequence[OfferedStage]) -> OfferedStage | None:
+    """The first of `offers`, fastest first, that a device can train; None if there is none."""
+    return next((offer for offer in offers if admits(presence, offer.manifest)), None)
 
 
 def admits(presence: Presence, manifest: StageManifest) -> bool:

@@ -14,8 +14,8 @@ GROUPS = 8
 NORMS = ("group", "batch")
 
 
-def normalisation(kind: str, channels: int) -> nn.Module:
-    """Build the normalisation layer of a built-in model.
+def normalisation(kind: str, channels: int, dimensions: int = 2) -> nn.Module:
+    r"""Build the normalisation layer of a built-in model.
 
     Parameters
     ----------
@@ -23,8 +23,10 @@ def normalisation(kind: str, channels: int) -> nn.Module:
         ``"group"`` (Wu & He, "Group Normalization", ECCV 2018), which keeps no running statistics and so needs
         no synchronisation between devices, or ``"batch"`` (Ioffe & Szegedy, ICML 2015).
     channels
-        Channels of the (batch, channels, height, width) input. Group normalisation takes eight groups, or the
-        greatest common divisor of eight and ``channels``.
+        Channels of the (batch, channels, \*spatial) input. Group normalisation takes eight groups, or the greatest
+        common divisor of eight and ``channels``.
+    dimensions
+        Spatial dimensions of the input: two for images, one for series.
 
     Returns
     -------
@@ -39,7 +41,7 @@ def normalisation(kind: str, channels: int) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
     if kind == "batch":
-        return nn.BatchNorm2d(channels)
+        return nn.BatchNorm1d(channels) if dimensions == 1 else nn.BatchNorm2d(channels)
     raise UsageError(f"model option 'norm' is {kind!r}: give one of {', '.join(NORMS)}")
 
 
@@ -70,8 +72,8 @@ def initialise_convolutions(module: nn.Module) -> None:
     Parameters
     ----------
     module
-        Any module; layers other than ``nn.Conv2d`` are left as they are.
+        Any module; layers other than ``nn.Conv1d`` and ``nn.Conv2d`` are left as they are.
     """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

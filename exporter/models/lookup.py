@@ -15,9 +15,15 @@ from typing import cast
 import torch
 from torch import nn
 
+from frostline.exporter.inputs import zero_inputs
 from frostline.exporter.models.cnn import SMALL_CNN_BLOCKS, small_cnn
+from frostline.exporter.models.mobilenet import MOBILENET_BLOCKS, mobilenet_v2
 from frostline.exporter.models.resnet import RESNET_BLOCKS, resnet10, resnet18, resnet34
+from frostline.exporter.models.sensor import SENSOR_BLOCKS, sensor_cnn
+from frostline.exporter.models.text import text_transformer
+from frostline.exporter.models.transformer import layer_names
 from frostline.exporter.models.vgg import VGG_BLOCKS, vgg11, vgg16
+from frostline.exporter.models.vit import vit
 from frostline.protocol.errors import UsageError
 
 
@@ -37,6 +43,8 @@ class ModelSpec:
         Logits per sample.
     default_blocks
         Children to cut the model after when the configuration names none; ``None`` for a user's model.
+    vocabulary
+        Where the input is token ids, int64, how many there are; ``None`` where it is float32.
     """
 
     name: str
@@ -44,12 +52,33 @@ class ModelSpec:
     input_shape: tuple[int, ...]
     classes: int
     default_blocks: tuple[str, ...] | None
+    vocabulary: int | None = None
+
+    def example(self, batch: int) -> torch.Tensor:
+        r"""Return an input (batch, \*input_shape) of zeros, in the dtype the model takes."""
+        return zero_inputs(batch, self.input_shape, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What a built-in model takes: its name in errors, and the option that sets each axis of a sample."""
+
+    noun: str
+    axes: tuple[str, ...]
+
+
+_IMAGES = _Input("square images", ("channels", "input_size", "input_size"))
+_SERIES = _Input("series", ("channels", "length"))
+_TOKENS = _Input("token ids", ("length",))
 
 
 @dataclass(frozen=True)
 class _Builtin:
+    """A factory, the blocks to cut after (or what names them, given the depth) and the input."""
+
     factory: Callable[..., nn.Module]
-    blocks: tuple[str, ...]
+    blocks: tuple[str, ...] | Callable[[int], tuple[str, ...]]
+    input: _Input = _IMAGES
 
 
 _BUILTINS = {
@@ -59,6 +88,10 @@ _BUILTINS = {
     "small_cnn": _Builtin(small_cnn, SMALL_CNN_BLOCKS),
     "vgg11": _Builtin(vgg11, VGG_BLOCKS),
     "vgg16": _Builtin(vgg16, VGG_BLOCKS),
+    "mobilenet_v2": _Builtin(mobilenet_v2, MOBILENET_BLOCKS),
+    "vit": _Builtin(vit, layer_names),
+    "sensor_cnn": _Builtin(sensor_cnn, SENSOR_BLOCKS, _SERIES),
+    "text_transformer": _Builtin(text_transformer, layer_names, _TOKENS),
 }
 
 BUILTIN_NAMES = tuple(_BUILTINS)
@@ -70,6 +103,7 @@ def build_model(
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
     seed: int = 0,
+    vocabulary: int | None = None,
 ) -> ModelSpec:
     """Build a model with weights that depend on nothing but ``seed``.
 
@@ -82,12 +116,15 @@ def build_model(
         Keyword arguments of the factory.
     input_shape
         Shape of one sample, without the batch. Required for a factory; for a built-in model it sets the options
-        ``channels`` and ``input_size``.
+        ``channels`` and ``input_size``, or ``length``.
     classes
         Logits per sample; sets the option ``classes`` where the factory has one. A factory without it has to be
         accompanied by this argument.
     seed
         Seed of torch's CPU generator while the factory runs; the generator's state is restored afterwards.
+    vocabulary
+        Number of token ids, for a model that takes int64 ids; sets the option ``vocabulary`` where the factory has
+        one. A model given neither takes float32.
 
     Returns
     -------
@@ -100,8 +137,8 @@ def build_model(
         The name, an option or the input shape is wrong, or the factory failed or returned no ``nn.Module``.
     """
     if ":" in name:
-        return _build_from_factory(name, options, input_shape, classes, seed)
-    return _build_builtin(name, options, input_shape, classes, seed)
+        return _build_from_factory(name, options, input_shape, classes, seed, vocabulary)
+    return _build_builtin(name, options, input_shape, classes, seed, vocabulary)
 
 
 def _build_builtin(
@@ -110,6 +147,7 @@ def _build_builtin(
     input_shape: tuple[int, ...] | None,
     classes: int | None,
     seed: int,
+    vocabulary: int | None,
 ) -> ModelSpec:
     builtin = _BUILTINS.get(name)
     if builtin is None:
@@ -117,16 +155,28 @@ def _build_builtin(
             f"model {name!r} is not built in{_suggestion(name, BUILTIN_NAMES)}: give one of "
             f"{', '.join(BUILTIN_NAMES)}, or 'package.module:factory' for a model of your own"
         )
-    implied = {} if input_shape is None else _image_options(name, input_shape)
+    implied = {} if input_shape is None else _axis_options(name, builtin.input, input_shape)
     if classes is not None:
         implied["classes"] = classes
+    if vocabulary is not None:
+        if builtin.input is not _TOKENS:
+            raise UsageError(
+                f"model {name!r} takes {builtin.input.noun}, which have no vocabulary: leave it out"
+            )
+        implied["vocabulary"] = vocabulary
     merged = _merge(name, options, implied)
     _check_options(name, builtin.factory, merged)
     module = _construct(name, builtin.factory, merged, seed)
     defaults = {key: each.default for key, each in inspect.signature(builtin.factory).parameters.items()}
-    sizes = {key: cast(int, merged.get(key, defaults[key])) for key in ("channels", "input_size", "classes")}
-    shape = (sizes["channels"], sizes["input_size"], sizes["input_size"])
-    return ModelSpec(name, module, shape, sizes["classes"], builtin.blocks)
+    sizes = cast(dict[str, int], {**defaults, **merged})
+    return ModelSpec(
+        name=name,
+        module=module,
+        input_shape=tuple(sizes[axis] for axis in builtin.input.axes),
+        classes=sizes["classes"],
+        default_blocks=builtin.blocks(sizes["depth"]) if callable(builtin.blocks) else builtin.blocks,
+        vocabulary=sizes.get("vocabulary"),
+    )
 
 
 def _build_from_factory(
@@ -135,6 +185,7 @@ def _build_from_factory(
     input_shape: tuple[int, ...] | None,
     classes: int | None,
     seed: int,
+    vocabulary: int | None,
 ) -> ModelSpec:
     factory = _import_factory(name)
     if input_shape is None:
@@ -142,26 +193,31 @@ def _build_from_factory(
             f"model {name!r} needs the shape of one sample: set its input shape, e.g. [3, 32, 32], without the batch"
         )
     settable = {*(_option_names(factory) or ()), *options}
-    implied: dict[str, object] = {}
-    if classes is not None and "classes" in settable:
-        implied["classes"] = classes
+    given = {"classes": classes, "vocabulary": vocabulary}
+    implied = {key: value for key, value in given.items() if value is not None and key in settable}
     merged = _merge(name, options, implied)
     outputs = merged.get("classes") if classes is None else classes
     if not isinstance(outputs, int) or isinstance(outputs, bool) or outputs < 1:
         raise UsageError(
             f"model {name!r} needs its number of classes: set it to a whole number of at least 1, not {outputs!r}"
         )
+    ids = merged.get("vocabulary") if vocabulary is None else vocabulary
+    if ids is not None and (not isinstance(ids, int) or isinstance(ids, bool) or ids < 1):
+        raise UsageError(f"model {name!r} has a vocabulary of {ids!r}: give a whole number of at least 1")
     _check_options(name, factory, merged)
-    return ModelSpec(name, _construct(name, factory, merged, seed), tuple(input_shape), outputs, None)
+    module = _construct(name, factory, merged, seed)
+    return ModelSpec(name, module, tuple(input_shape), outputs, None, ids)
 
 
-def _image_options(name: str, input_shape: tuple[int, ...]) -> dict[str, object]:
-    if len(input_shape) != 3 or input_shape[1] != input_shape[2]:
+def _axis_options(name: str, taken: _Input, input_shape: tuple[int, ...]) -> dict[str, object]:
+    """Return the options that make a built-in model take samples of a shape."""
+    options = dict(zip(taken.axes, input_shape, strict=False))
+    if input_shape != tuple(options.get(axis) for axis in taken.axes):
         raise UsageError(
-            f"model {name!r} takes square images, not samples of shape {list(input_shape)}: "
-            "give the input shape as [channels, size, size]"
+            f"model {name!r} takes {taken.noun}, not samples of shape {list(input_shape)}: "
+            f"give the input shape as [{', '.join(taken.axes)}]"
         )
-    return {"channels": input_shape[0], "input_size": input_shape[1]}
+    return dict(options)
 
 
 def _merge(name: str, options: Mapping[str, object], implied: Mapping[str, object]) -> dict[str, object]:

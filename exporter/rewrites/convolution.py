@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
+from frostline.exporter.rewrites.arrangement import Deferred, Tiled, TiledGradient
+from frostline.exporter.rewrites.turning import permuted, transposed
 from frostline.exporter.rewrites.windows import Windows
 
 aten = torch.ops.aten
@@ -31,9 +33,13 @@ NARROW = 16
 """Fewer input channels than this and windows are laid side by side."""
 
 
+Kernel = Tensor | Tiled
+"""(O, *kernel, C / groups), whole or in tiles."""
+
+
 def convolution(
     x: Tensor,
-    weight: Tensor,
+    weight: Kernel,
     bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -42,72 +48,152 @@ def convolution(
 ) -> Tensor:
     """Convolve channels-last `x` (N, *spatial, C) with `weight` (O, *kernel, C / groups): (N, *output, O)."""
     windows = Windows.over(x.shape[1:-1], weight.shape[1:-1], stride, padding, dilation)
-    if _is_depthwise(x, weight, groups):
-        y = reduce(add, (tap * w for tap, w in zip(windows.cut(x), _depthwise_taps(weight), strict=True)))
-    else:
-        side_by_side = _is_side_by_side(x, windows, weight)
-        taps = _tap_rows(windows, x, groups, side_by_side)
-        weights = _weight_taps(weight, groups, side_by_side)
-        y = reduce(add, (_product(tap, w) for tap, w in zip(taps, weights, strict=True)))
-        y = _from_rows(y, [x.shape[0], *windows.output], groups)
+    y = _correlate(windows, x, weight, groups)
     return y if bias is None else y + bias
 
 
 def convolution_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Kernel,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | TiledGradient | None, Tensor | None]:
     """Gradients of channels-last input (N, *spatial, C), weight (O, *kernel, C / groups) and bias (O,).
 
     Each only where `output_mask` asks; `grad` is (N, *output, O).
     """
     windows = Windows.over(x.shape[1:-1], weight.shape[1:-1], stride, padding, dilation)
-    backward = _depthwise_backward if _is_depthwise(x, weight, groups) else _dense_backward
-    grad_x, grad_weight = backward(windows, grad, x, weight, groups, output_mask)
+    grad_x = _spread(windows, grad, weight, groups) if output_mask[0] else None
+    grad_weight: Tensor | TiledGradient | None = None
+    if output_mask[1]:
+        grad_weight = (
+            _tiled_gradient(windows, grad, x, weight)
+            if isinstance(weight, Tiled)
+            else _weight_gradient(windows, grad, x, weight, groups)
+        )
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if output_mask[2] else None
     return grad_x, grad_weight, grad_bias
 
 
-def _dense_backward(
-    windows: Windows, grad: Tensor, x: Tensor, weight: Tensor, groups: int, output_mask: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    rows = _to_rows(grad, groups)
+def transposed_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The transpose of a convolution, applied to channels-last `x` (N, *spatial, C): (N, *output, O).
+
+    `weight` is (C, *kernel, O / groups).
+    """
+    windows = _transposed_windows(x, weight, stride, padding, dilation, output_padding)
+    y = _spread(windows, x, weight, groups)
+    return y if bias is None else y + bias
+
+
+def transposed_convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of channels-last input (N, *spatial, C), weight (C, *kernel, O / groups) and bias (O,).
+
+    Each only where `output_mask` asks; `grad` is (N, *output, O).
+    """
+    windows = _transposed_windows(x, weight, stride, padding, dilation, output_padding)
+    grad_x = _correlate(windows, grad, weight, groups) if output_mask[0] else None
+    grad_weight = _weight_gradient(windows, x, grad, weight, groups) if output_mask[1] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if output_mask[2] else None
+    return grad_x, grad_weight, grad_bias
+
+
+def _transposed_windows(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+) -> Windows:
+    """The windows over the output that the pixels of `x` spread to."""
+    axes = zip(x.shape[1:-1], weight.shape[1:-1], stride, padding, dilation, output_padding, strict=True)
+    spatial = [(size - 1) * s - 2 * p + d * (k - 1) + extra + 1 for size, k, s, p, d, extra in axes]
+    return Windows.over(spatial, weight.shape[1:-1], stride, padding, dilation, output=x.shape[1:-1])
+
+
+def _correlate(windows: Windows, x: Tensor, weight: Kernel, groups: int) -> Tensor:
+    """What each window over `x` (N, *spatial, C) gives: (N, *output, O)."""
+    if isinstance(weight, Tensor) and _is_depthwise(weight, groups):
+        # As rows: a row is multiplied three times as fast by tensors of two axes as by those of four.
+        pairs = zip(windows.cut(x), _depthwise_taps(weight), strict=True)
+        y = reduce(add, (tap.reshape(-1, groups) * w for tap, w in pairs))
+        return y.reshape(x.shape[0], *windows.output, groups)
     side_by_side = _is_side_by_side(x, windows, weight)
-    grad_x = grad_weight = None
-    if output_mask[0]:
-        spread = (_matrix_product(rows, w) for w in _weight_taps(weight, groups, side_by_side))
-        pixels = [x.shape[0], *windows.output]
-        grad_x = windows.add(_split_places(spread, weight.shape[-1], pixels, groups))
-    if output_mask[1]:
-        across = aten.transpose_copy(rows, -1, -2)
-        taps = [_matrix_product(across, tap) for tap in _tap_rows(windows, x, groups, side_by_side)]
-        grad_weight = _concatenated(taps).reshape(weight.shape)
-    return grad_x, grad_weight
+    taps = _tap_rows(windows, x, groups, side_by_side)
+    weights = _weight_taps(weight, groups, side_by_side)
+    y = reduce(add, (_product(tap, w) for tap, w in zip(taps, weights, strict=True)))
+    return _from_rows(y, [x.shape[0], *windows.output], groups)
 
 
-def _depthwise_backward(
-    windows: Windows, grad: Tensor, x: Tensor, weight: Tensor, groups: int, output_mask: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    grad_x = grad_weight = None
-    if output_mask[0]:
-        grad_x = windows.add(grad * w for w in _depthwise_taps(weight))
-    if output_mask[1]:
-        sums = [(grad * tap).reshape(-1, groups).sum(0, keepdim=True) for tap in windows.cut(x)]
-        grad_weight = aten.t_copy(torch.cat(sums, 0)).reshape(weight.shape)
-    return grad_x, grad_weight
+def _spread(windows: Windows, grad: Tensor, weight: Kernel, groups: int) -> Tensor:
+    """The transpose of `_correlate`, from `grad` (N, *output, O) to (N, *spatial, C)."""
+    if isinstance(weight, Tensor) and _is_depthwise(weight, groups):
+        rows = grad.reshape(-1, groups)
+        return windows.add((rows * w).reshape(grad.shape) for w in _depthwise_taps(weight))
+    rows = _to_rows(grad, groups)
+    side_by_side = _is_side_by_side(grad, windows, weight)
+    spread = (_matrix_product(rows, w) for w in _weight_taps(weight, groups, side_by_side))
+    pixels = [grad.shape[0], *windows.output]
+    return windows.add(_split_places(spread, weight.shape[-1], pixels, groups))
 
 
-def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
-    return groups > 1 and groups == x.shape[-1] == weight.shape[0]
+def _weight_gradient(windows: Windows, grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """The gradient (O, *kernel, C / groups), from those of the windows, (N, *output, O), and what they see."""
+    if _is_depthwise(weight, groups):
+        rows = grad.reshape(-1, groups)
+        sums = [(rows * tap.reshape(-1, groups)).sum(0, keepdim=True) for tap in windows.cut(x)]
+        return aten.t_copy(torch.cat(sums, 0)).reshape(weight.shape)
+    rows = _to_rows(grad, groups)
+    taps = _tap_rows(windows, x, groups, _is_side_by_side(x, windows, weight))
+    if windows.taps == 1 and grad.numel() > x.numel() + weight.numel():
+        # Of the two factors and the product, the smaller ones are turned.
+        across = [transposed(_matrix_product(transposed(tap), rows)) for tap in taps]
+        return _concatenated(across).reshape(weight.shape)
+    turned = transposed(rows)
+    return _concatenated([_matrix_product(turned, tap) for tap in taps]).reshape(weight.shape)
 
 
-def _is_side_by_side(x: Tensor, windows: Windows, weight: Tensor) -> bool:
+def _tiled_gradient(windows: Windows, grad: Tensor, x: Tensor, weight: Tiled) -> TiledGradient:
+    """The same in tiles: each is computed where the optimizer asks for it, and gone before the next one is."""
+    turned = transposed(_to_rows(grad, 1))
+    seen = windows.taps_of(x)
+
+    def gradient(index: int) -> Tensor:
+        return torch.mm(turned, _to_rows(seen(index), 1))
+
+    return TiledGradient([Deferred(partial(gradient, i)) for i in range(windows.taps)], weight.kernel)
+
+
+def _is_depthwise(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and groups == weight.shape[0] and weight.shape[-1] == 1
+
+
+def _is_side_by_side(x: Tensor, windows: Windows, weight: Kernel) -> bool:
+    if isinstance(weight, Tiled):
+        return False
     count = x.shape[0] * math.prod(windows.output)
     return weight.shape[-1] < NARROW or count <= weight.shape[0]
 
@@ -118,11 +204,13 @@ def _depthwise_taps(weight: Tensor) -> Iterator[Tensor]:
     return (aten.select_copy(places, 0, index) for index in range(places.shape[0]))
 
 
-def _weight_taps(weight: Tensor, groups: int, side_by_side: bool) -> Iterator[Tensor]:
+def _weight_taps(weight: Kernel, groups: int, side_by_side: bool) -> Iterator[Tensor]:
     """`weight` as (O, C) for each place in the kernel, or as (O, places * C) at once.
 
     With groups, (groups, O / groups, ...).
     """
+    if isinstance(weight, Tiled):
+        return iter(weight.tiles)
     split = (groups, weight.shape[0] // groups) if groups > 1 else (weight.shape[0],)
     rows = weight.reshape(*split, -1)
     return iter([rows]) if side_by_side else _split(rows, weight.shape[-1])
@@ -144,7 +232,9 @@ def _split(rows: Tensor, width: int) -> Iterator[Tensor]:
     count = rows.shape[-1] // width
     if count == 1:
         return iter([rows])
-    return (aten.slice_copy(rows, -1, index * width, (index + 1) * width) for index in range(count))
+    # Cut along the axis before the last, where whole runs are copied.
+    places = rows.reshape(*rows.shape[:-1], count, width)
+    return (aten.select_copy(places, -2, index) for index in range(count))
 
 
 def _concatenated(parts: list[Tensor]) -> Tensor:
@@ -155,12 +245,12 @@ def _to_rows(x: Tensor, groups: int) -> Tensor:
     """(N, *spatial, C) as (M, C), or with groups as (groups, M, C / groups)."""
     if groups == 1:
         return x.reshape(-1, x.shape[-1])
-    return aten.transpose_copy(x.reshape(-1, groups, x.shape[-1] // groups), 0, 1)
+    return permuted(x.reshape(-1, groups, x.shape[-1] // groups), [1, 0, 2])
 
 
 def _from_rows(rows: Tensor, pixels: list[int], groups: int) -> Tensor:
     """The inverse of `_to_rows`."""
-    rows = aten.transpose_copy(rows, 0, 1) if groups > 1 else rows
+    rows = permuted(rows, [1, 0, 2]) if groups > 1 else rows
     return rows.reshape(*pixels, -1)
 
 

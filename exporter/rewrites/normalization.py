@@ -1,4 +1,4 @@
-"""Group and batch normalization, forward and backward, on channels-last tensors.
+"""Group, batch and layer normalization, forward and backward, on channels-last tensors and tokens.
 
 Written as sums over pixels, which give one value a channel, and per-channel factors: multiplying by a row, adding one
 and summing over rows are among the fastest operators of the portable runtime.
@@ -6,10 +6,13 @@ and summing over rows are among the fastest operators of the portable runtime.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from frostline.exporter.rewrites.reduction import sum_rows
 
 
 def group_norm(
@@ -120,6 +123,53 @@ def batch_norm_backward(
         grad_weight if output_mask[1] else None,
         grad_bias if output_mask[2] else None,
     )
+
+
+def layer_norm(
+    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize the last `axes` axes of `x`: output, mean and 1 / deviation, of the shape of `x` with those axes 1."""
+    rows = _tokens(x, axes)
+    mean = sum_rows(rows) / rows.shape[1]
+    centred = rows - mean
+    scale = torch.rsqrt(sum_rows(centred * centred) / rows.shape[1] + eps)
+    y = centred * scale
+    y = y if weight is None else y * weight.reshape(-1)
+    y = y if bias is None else y + bias.reshape(-1)
+    shape = [*x.shape[:-axes], *[1] * axes]
+    return y.reshape(x.shape), mean.reshape(shape), scale.reshape(shape)
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    axes: int,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, from the statistics of the forward pass."""
+    rows, grads, scale = _tokens(x, axes), _tokens(grad, axes), scale.reshape(-1, 1)
+    normal = (rows - mean.reshape(-1, 1)) * scale
+    product = grads * normal
+    grad_x = grad_weight = grad_bias = None
+    if output_mask[0]:
+        # The weight is part of the sums' products.
+        share = (torch.ones_like(rows[:1]) if weight is None else weight).reshape(-1, 1) / rows.shape[1]
+        weighted = grads if weight is None else grads * weight.reshape(-1)
+        slope = normal * torch.mm(product, share)
+        grad_x = ((weighted - torch.mm(grads, share) - slope) * scale).reshape(x.shape)
+    if output_mask[1]:
+        grad_weight = product.sum(0).reshape(x.shape[-axes:])
+    if output_mask[2]:
+        grad_bias = grads.sum(0).reshape(x.shape[-axes:])
+    return grad_x, grad_weight, grad_bias
+
+
+def _tokens(x: Tensor, axes: int) -> Tensor:
+    """`x` as (tokens, the product of its last `axes` axes)."""
+    return x.reshape(-1, math.prod(x.shape[-axes:]))
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -8,14 +8,20 @@ found with subtraction, multiplication and ReLU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from frostline.exporter.rewrites.activation import is_positive
+from frostline.exporter.rewrites.reduction import expanded
+from frostline.exporter.rewrites.resampling import adaptive_spans
 from frostline.exporter.rewrites.windows import Windows
+
+aten = torch.ops.aten
 
 LOWEST = -1e30
 """Fills the margin: below every activation, and far enough from the limit that a difference of two stays finite."""
@@ -50,15 +56,102 @@ def _either(first: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return a * first + b * (1 - first)
 
 
-def average_pool(x: Tensor, windows: Windows) -> Tensor:
-    """The mean of each window of `x` (N, *spatial, C), margins counted as zeros: (N, *output, C)."""
-    return reduce(add, windows.cut(x)) * (1 / windows.taps)
+def adaptive_max_pool(x: Tensor, output: Sequence[int]) -> Tensor:
+    """The largest value in each of the nearly equal spans of `x` (N, *spatial, C): (N, *output, C)."""
+    for axis, count in enumerate(output, 1):
+        x = torch.cat([reduce(_larger, span) for span in _spans(x, axis, count)], axis)
+    return x
 
 
-def average_pool_backward(grad: Tensor, windows: Windows) -> Tensor:
+def adaptive_max_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Hand `grad` (N, *output, C) to the largest values of `x` (N, *spatial, C); among equal ones to one of them."""
+    stages = [x]
+    for axis, count in enumerate(grad.shape[1:-2], 1):
+        stages.append(torch.cat([reduce(_larger, span) for span in _spans(stages[-1], axis, count)], axis))
+    for axis in reversed(range(1, x.dim() - 1)):
+        grad = _adaptive_axis_backward(grad, stages[axis - 1], axis)
+    return grad
+
+
+def _adaptive_axis_backward(grad: Tensor, x: Tensor, axis: int) -> Tensor:
+    """The same along one axis."""
+    size, count = x.shape[axis], grad.shape[axis]
+    shares: list[list[Tensor]] = [[] for _ in range(size)]
+    spans = zip(adaptive_spans(size, count), _spans(x, axis, count), strict=True)
+    for index, ((begin, _), places) in enumerate(spans):
+        given = aten.slice_copy(grad, axis, index, index + 1)
+        for place, claim in enumerate(_claims(places), begin):
+            shares[place].append(given * claim)
+    return torch.cat([reduce(add, parts) for parts in shares], axis)
+
+
+def _claims(places: Sequence[Tensor]) -> list[Tensor]:
+    """1.0 for the first of the largest values, 0.0 for the others."""
+    largest, claims = places[0], [torch.ones_like(places[0])]
+    for place in places[1:]:
+        rise = torch.relu(place - largest)
+        wins = is_positive(rise)
+        claims = [*(claim - claim * wins for claim in claims), wins]
+        largest = largest + rise
+    return claims
+
+
+def _spans(x: Tensor, axis: int, count: int) -> list[list[Tensor]]:
+    places = [aten.slice_copy(x, axis, place, place + 1) for place in range(x.shape[axis])]
+    return [places[begin:end] for begin, end in adaptive_spans(x.shape[axis], count)]
+
+
+def _larger(a: Tensor, b: Tensor) -> Tensor:
+    return a + torch.relu(b - a)
+
+
+def average_pool(x: Tensor, windows: Windows, share: Tensor | float | None = None) -> Tensor:
+    """The sum of each window of `x` (N, *spatial, C) times its `share`, by default one of as many pixels as it sees.
+
+    Other shares are those of `shares_of_pool`. Returns (N, *output, C).
+    """
+    return _shared(reduce(add, windows.cut(x)), 1 / windows.taps if share is None else share)
+
+
+def average_pool_backward(grad: Tensor, windows: Windows, share: Tensor | float | None = None) -> Tensor:
     """Hand each window's share of `grad` (N, *output, C) to every pixel it saw."""
-    share = grad * (1 / windows.taps)
-    return windows.add(share for _ in range(windows.taps))
+    shared = _shared(grad, 1 / windows.taps if share is None else share)
+    return windows.add(shared for _ in range(windows.taps))
+
+
+def shares_of_pool(
+    x: Tensor,
+    windows: Windows,
+    padding: Sequence[int],
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Tensor | float:
+    """One over the pixels PyTorch counts in each window over `x` (N, *spatial, C), (1, *output, 1) where they differ.
+
+    Windows that reach beyond the padding, as they may by rounding up, count fewer.
+    """
+    if divisor is not None:
+        return 1 / divisor
+    margins = list(padding) if len(padding) == len(windows.spatial) else list(padding) * len(windows.spatial)
+    counted = margins if count_include_pad else [0] * len(margins)
+    if windows.before == counted and all(a <= c for a, c in zip(windows.after, counted, strict=True)):
+        return 1 / windows.taps
+    ones = torch.ones(1, *windows.spatial, 1, dtype=x.dtype, device=x.device)
+    # Pixels of the padding that count are ones, those behind it zeros.
+    rims = [rim for margin in reversed(counted) for rim in (margin, margin)]
+    ones = F.pad(ones, [0, 0, *rims], value=1.0)
+    before = [b - c for b, c in zip(windows.before, counted, strict=True)]
+    after = [a - c for a, c in zip(windows.after, counted, strict=True)]
+    spatial = [size + 2 * c for size, c in zip(windows.spatial, counted, strict=True)]
+    around = replace(windows, spatial=spatial, before=before, after=after)
+    return 1 / reduce(add, around.cut(ones))
+
+
+def _shared(x: Tensor, share: Tensor | float) -> Tensor:
+    if isinstance(share, float):
+        return x * share
+    by_channel = expanded(share, [1, *x.shape[1:]])
+    return (x.reshape(x.shape[0], -1) * by_channel.reshape(-1)).reshape(x.shape)
 
 
 def windows_of_pool(

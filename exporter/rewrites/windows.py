@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +48,15 @@ class Windows:
         dilation: Sequence[int],
         *,
         ceil_mode: bool = False,
+        output: Sequence[int] | None = None,
     ) -> Windows:
-        """The windows PyTorch's convolution and pooling see, with the same margin on either side."""
+        """The windows PyTorch's convolution and pooling see, with the same margin on either side.
+
+        As many as fit, or `output` of them.
+        """
         axes = zip(spatial, kernel, stride, padding, dilation, strict=True)
-        output = [_positions(*axis, ceil_mode=ceil_mode) for axis in axes]
+        fitting = [_positions(*axis, ceil_mode=ceil_mode) for axis in axes]
+        output = fitting if output is None else list(output)
         after = [
             (count - 1) * s + d * (k - 1) + 1 - size - margin
             for count, s, d, k, size, margin in zip(
@@ -75,19 +80,26 @@ class Windows:
 
         They are cut when they are asked for: memory is planned in the order of the graph.
         """
+        return map(self.taps_of(x, fill), range(self.taps))
+
+    def taps_of(self, x: Tensor, fill: float = 0.0) -> Callable[[int], Tensor]:
+        """The same as a function of the place's number."""
         padded = _pad(x, self.before, self.after, fill)
-        if len(self.kernel) == 1:
-            yield from (self._cut_axis(padded, 0, offset) for offset in range(self.kernel[0]))
-            return
-        inner = [range(k) for k in self.kernel[1:]]
-        for first in range(self.kernel[0]):
-            # One cut along the first axis serves every place along the others.
-            rows = self._cut_axis(padded, 0, first)
-            for offsets in itertools.product(*inner):
-                tap = rows
-                for axis, offset in enumerate(offsets, 1):
-                    tap = self._cut_axis(tap, axis, offset)
-                yield tap
+        offsets = list(itertools.product(*(range(k) for k in self.kernel)))
+        # One cut along the first axis serves every place along the others; kept until another one is needed.
+        rows: dict[int, Tensor] = {}
+
+        def tap(index: int) -> Tensor:
+            first, *inner = offsets[index]
+            if first not in rows:
+                rows.clear()
+                rows[first] = self._cut_axis(padded, 0, first)
+            cut = rows[first]
+            for axis, offset in enumerate(inner, 1):
+                cut = self._cut_axis(cut, axis, offset)
+            return cut
+
+        return tap
 
     def add(self, taps: Iterable[Tensor]) -> Tensor:
         """The transpose of `cut`: each tap (N, *output, C) added back onto the pixels it saw, (N, *spatial, C).
@@ -158,4 +170,5 @@ def _interleave(parts: Sequence[Tensor | None], axis: int) -> Tensor:
     known = next(part for part in parts if part is not None)
     full = [torch.zeros_like(known) if part is None else part for part in parts]
     shape = [*known.shape[:axis], known.shape[axis] * len(parts), *known.shape[axis + 1 :]]
-    return torch.cat([part.unsqueeze(axis + 1) for part in full], axis + 1).reshape(shape)
+    apart = [*known.shape[: axis + 1], 1, *known.shape[axis + 1 :]]
+    return torch.cat([part.reshape(apart) for part in full], axis + 1).reshape(shape)

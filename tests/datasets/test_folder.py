@@ -53,6 +53,28 @@ def test_files_are_concatenated_by_name(tmp_path: Path) -> None:
     assert samples.classes == 5
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint16, np.uint32])
+def test_token_ids_are_kept(tmp_path: Path, dtype: type[np.integer]) -> None:
+    write(tmp_path / "text.safetensors", x=np.array([[3, 255], [256, 0]], dtype), y=np.array([1, 0]))
+    samples = load_samples(str(tmp_path), "train")
+    assert samples.x.dtype == np.int64
+    assert samples.x.tolist() == [[3, 255], [256, 0]]
+
+
+def test_saved_token_ids_load_unchanged(tmp_path: Path) -> None:
+    samples = Samples(np.arange(6).reshape(3, 2), np.array([0, 1, 0]), 2)
+    save_samples(samples, tmp_path / "mine.safetensors")
+    assert load_samples(str(tmp_path), "test").fingerprint() == samples.fingerprint()
+
+
+def test_token_ids_and_numbers_are_not_mixed(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    write(tmp_path / "a.safetensors", x=X, y=Y)
+    write(tmp_path / "b.safetensors", x=X.astype(np.int64), y=Y)
+    message = refusal(str(tmp_path))
+    assert "b.safetensors: tensor 'x' holds token ids but that of" in message
+    assert "a.safetensors holds pixels or floating-point numbers" in message
+
+
 def test_named_files_and_folders_select_the_split(tmp_path: Path) -> None:
     one = np.ones((1, 1), np.float32)
     write(tmp_path / "train-0.safetensors", x=one, y=np.array([0]))
@@ -85,7 +107,13 @@ Y = np.array([0, 1])
     [
         ({"y": Y}, "holds no tensor 'x'"),
         ({"x": X}, "holds no tensor 'y'"),
-        ({"x": X.astype(np.int32), "y": Y}, "tensor 'x' is I32; store it as one of U8, F16, F32, F64"),
+        (
+            {"x": X.astype(np.int8), "y": Y},
+            "tensor 'x' is I8; store it as one of U8, F16, F32, F64, I16, I32",
+        ),
+        ({"x": X.astype(np.uint64), "y": Y}, "tensor 'x' is U64"),
+        ({"x": Y, "y": Y}, "tensor 'x' holds integers of shape (2,)"),
+        ({"x": X.astype(np.int16) - 3, "y": Y}, "tensor 'x' holds the token id -3"),
         ({"x": X, "y": Y.astype(np.float32)}, "tensor 'y' is F32"),
         ({"x": X, "y": np.array([0, 1, 2])}, r"tensor 'x' has shape (2, 1) but 'y' holds 3 labels"),
         ({"x": X, "y": Y.reshape(2, 1)}, "tensor 'y' has shape (2, 1)"),

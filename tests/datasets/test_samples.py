@@ -55,6 +55,19 @@ def test_fingerprint_is_stable_and_sees_every_part() -> None:
     assert len({samples.fingerprint(), *(other.fingerprint() for other in different)}) == 5
 
 
+def test_token_ids() -> None:
+    ids = Samples(np.arange(6).reshape(3, 2), np.array([0, 1, 0]), 2)
+    assert ids.x.dtype == np.int64
+    taken = ids.take([2])
+    assert (taken.x.dtype, taken.x.tolist()) == (np.int64, [[4, 5]])
+
+
+def test_fingerprint_tells_dtypes_apart() -> None:
+    empty, y = np.zeros((2, 0)), np.array([0, 1])
+    prints = [Samples(empty.astype(dtype), y, 2).fingerprint() for dtype in (np.float32, np.int64)]
+    assert prints[0] != prints[1]
+
+
 def test_fingerprint_ignores_memory_layout() -> None:
     samples = five_samples()
     column_major = Samples(np.asfortranarray(samples.x), samples.y, 4)
@@ -70,6 +83,14 @@ def test_non_finite_inputs_are_let_through() -> None:
     ("x", "y", "classes", "message"),
     [
         (np.zeros((2, 1)), np.zeros(2, np.int64), 1, "x is float64; convert it to float32"),
+        (
+            np.zeros((2, 1), np.int32),
+            np.zeros(2, np.int64),
+            1,
+            "x is int32; convert it .* token ids to int64",
+        ),
+        (np.zeros(2, np.int64), np.zeros(2, np.int64), 1, r"shape \(2,\); give them as \(samples, tokens\)"),
+        (np.full((2, 1), -7), np.zeros(2, np.int64), 1, "token id -7; number the ids from 0"),
         (np.zeros((2, 1), np.float32), np.zeros(2, np.int32), 1, "y is int32; convert it to int64"),
         (np.zeros((2, 1), np.float32), np.zeros((2, 1), np.int64), 1, r"y has shape \(2, 1\)"),
         (np.zeros((), np.float32), np.zeros(2, np.int64), 1, r"x has shape \(\)"),

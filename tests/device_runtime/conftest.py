@@ -36,3 +36,30 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
         write_artifact(folder / f"stage-{stage.index}", compiled.manifest, files, weights)
     return folder
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders whole and micro2: one tiny stage with group norm, trained in steps of four samples near what came."""
+    import torch
+    from torch import nn
+
+    from frostline.exporter.artifact import ExportOptions, arrays, compile_stage
+    from frostline.exporter.optimizer import SGD
+    from frostline.exporter.output_module import OutputModule
+    from frostline.exporter.stage import Stage, StageModel, trainable_tensors
+    from frostline.exporter.variant import Variant
+    from frostline.protocol.artifact import write_artifact
+
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    block = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, bias=False), nn.GroupNorm(2, 4), nn.ReLU())
+    model = StageModel(block, OutputModule({}, nn.Sequential(nn.Flatten(), nn.Linear(36, 3))))
+    stage = Stage(0, 1, "small", model, (1, 8, 8))
+    options = ExportOptions(4, 3, SGD(momentum=0.9, weight_decay=0.01, proximal=0.5))
+    folder = tmp_path_factory.mktemp("variants")
+    for variant in (Variant(), Variant(2)):
+        compiled = compile_stage(stage, options, variant=variant)
+        weights = arrays(trainable_tensors(stage))
+        write_artifact(folder / variant.name, compiled.manifest, compiled.files, weights)
+    return folder

@@ -106,16 +106,26 @@ class Server:
             stages=1,
             name="block1",
             engine="executorch",
+            variant="whole",
             batch=4,
+            micro_batches=1,
             classes=3,
             parameters=[],
             statistics=[],
             optimizer_state=[],
+            received=[],
             training=program,
+            update=None,
             evaluation=program,
             prefix=[],
             planned=PlannedMemory(
-                arena=PLANNED, parameters=0, statistics=0, optimizer_state=0, batch=0, program=0
+                arena=PLANNED,
+                parameters=0,
+                statistics=0,
+                optimizer_state=0,
+                received=0,
+                batch=0,
+                program=0,
             ),
         )
         fields: dict[str, Any] = {

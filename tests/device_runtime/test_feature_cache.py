@@ -54,18 +54,24 @@ def program(letter: str, columns: int) -> Program:
 
 def manifest(letters: str) -> StageManifest:
     prefix = [program(letter, 3 * 2**position) for position, letter in enumerate(letters)]
-    planned = PlannedMemory(arena=0, parameters=0, statistics=0, optimizer_state=0, batch=0, program=0)
+    planned = PlannedMemory(
+        arena=0, parameters=0, statistics=0, optimizer_state=0, received=0, batch=0, program=0
+    )
     return StageManifest(
         stage=len(letters),
         stages=5,
         name="stage",
         engine="executorch",
+        variant="whole",
         batch=BATCH,
+        micro_batches=1,
         classes=2,
         parameters=[],
         statistics=[],
         optimizer_state=[],
+        received=[],
         training=program("e", 1),
+        update=None,
         evaluation=program("f", 1),
         prefix=prefix,
         planned=planned,

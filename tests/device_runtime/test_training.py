@@ -94,8 +94,7 @@ def test_the_update_is_the_new_minus_the_received_values(artifact: Path, tmp_pat
     session = runtime.open_stage(device.manifest, device.store)
     session.load(device.weights)
     losses = [
-        session.step(inputs[order[start : start + BATCH]], samples.y[order[start : start + BATCH]], 0.05)[0]
-        for start in (0, BATCH)
+        session.step([(inputs[rows], samples.y[rows])], 0.05)[0] for rows in (order[:BATCH], order[BATCH:])
     ]
     update = device.update()
     for name, value in session.trained().items():
@@ -104,6 +103,25 @@ def test_the_update_is_the_new_minus_the_received_values(artifact: Path, tmp_pat
     assert metrics.loss == pytest.approx(np.mean(losses))
     assert any(np.abs(update[spec.name]).max() > 0 for spec in device.manifest.parameters)
     assert bool(device.manifest.prefix) == artifact.name.endswith("1")
+
+
+def test_micro_batches_give_the_update_of_the_whole_batch(variants: Path, tmp_path: Path) -> None:
+    samples, updates, metrics = make_samples(20), {}, {}
+    for variant in ("whole", "micro2"):
+        device = prepare(variants / variant, tmp_path / variant, samples)
+        assert device.manifest.variant == variant
+        found = train(replace(device.task, evaluate=True))
+        updates[variant] = device.update()
+        metrics[variant] = (
+            found.samples,
+            found.steps,
+            found.evaluated,
+            found.correct,
+            pytest.approx(found.loss),
+        )
+    assert metrics["micro2"] == metrics["whole"]
+    for name, value in updates["whole"].items():
+        np.testing.assert_allclose(updates["micro2"][name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_training_learns(artifact: Path, tmp_path: Path) -> None:

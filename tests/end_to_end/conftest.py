@@ -46,7 +46,7 @@ patience = 1
 
 [fleet]
 devices = 3
-memory = ["100%", "99%"]
+memory = ["100%", "70%"]
 """
 
 

@@ -48,6 +48,94 @@ def test_export(tmp_path: Path, arguments: list[str], mentions: list[str]) -> No
     check(["export", *arguments, "--out", out], 2, mentions, absent=out)
 
 
+MODELS = """
+import torch
+from torch import nn
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def chain(function, classes=2):
+    convolution = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), Apply(function))
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)
+    return nn.Sequential(convolution, nn.Conv2d(4, 4, 1), *pooled)
+
+
+def unlowerable():
+    return chain(torch.erfinv)
+
+
+def data_dependent():
+    return chain(lambda x: x * x[x > 0].mean())
+
+
+def complex_numbers():
+    return chain(lambda x: torch.fft.fft2(x).abs())
+
+
+def tied():
+    model = chain(torch.relu)
+    model[0][0] = nn.Conv2d(1, 4, 1)
+    model[1] = nn.Sequential(nn.Conv2d(4, 1, 1), nn.Conv2d(1, 4, 1))
+    model[1][1].weight = model[0][0].weight
+    return model
+
+
+class Crossed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        side = self.one(x)
+        return self.fc(self.last(self.two(x) + side).mean((2, 3)))
+
+
+def tokens():
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Flatten(), nn.Linear(256, 2))
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "blocks", "exit_code", "mentions"),
+    [
+        (
+            "unlowerable",
+            "0,1",
+            1,
+            ["stage '0' cannot be compiled: aten.erfinv of shape [2, 4, 8, 8] in module '0.1'"],
+        ),
+        ("data_dependent", "0,1", 2, ["aten.index of shape [2, 4, 8, 8] in module '0.1'", "torch.where"]),
+        ("complex_numbers", "0,1", 2, ["in module '0.1' returns complex64"]),
+        ("tied", "0,1", 2, ["'0.0.weight' is used by block '0' and by block '1'", "'1.1.weight'"]),
+        ("Crossed", "two,last", 2, ["'two' is crossed by 2 values, 'one' and 'two'"]),
+        ("tokens", "1", 2, ["[2, 1, 8, 8], float32", "give its vocabulary, if it takes token ids"]),
+    ],
+)
+def test_export_of_a_model_that_cannot_be_trained_in_blocks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factory: str,
+    blocks: str,
+    exit_code: int,
+    mentions: list[str],
+) -> None:
+    (tmp_path / "models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    arguments = ["export", "--model", f"models:{factory}", "--blocks", blocks, "--out", out]
+    arguments += ["--input-shape", "1,8,8", "--classes", "2", "--batch", "2"]
+    check(arguments, exit_code, mentions, absent=out)
+
+
 def test_export_into_a_folder_that_is_in_use(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     check(["export", "--model", "small_cnn", "--out", tmp_path], 2, ["not an empty folder"])
@@ -67,7 +155,7 @@ def test_export_into_a_folder_that_is_in_use(tmp_path: Path) -> None:
         ("epochs = 2", "epochs = ", ["not valid TOML", "line LINE"]),
         ('"small_cnn"', '"tiny_cnn"', ["tiny_cnn", "small_cnn"]),
         ('test = "digits"', 'test = "digit"', ["digit", "digits"]),
-        ('"99%"', '"lots"', ["fleet.memory", "lots"]),
+        ('"70%"', '"lots"', ["fleet.memory", "lots"]),
         ('train = "digits"', "", ["data.train"]),
         ("join_seconds = 60", "minimum_updates = 9", ["minimum_updates = 9", "devices = 3"]),
     ],
@@ -172,7 +260,7 @@ def test_a_fleet_whose_memory_fits_nothing(tmp_path: Path, broker: EmbeddedBroke
     config = write_config(tmp_path)
     text = (
         config.read_text()
-        .replace('["100%", "99%"]', '["10 kB", "20 kB"]')
+        .replace('["100%", "70%"]', '["10 kB", "20 kB"]')
         .replace("join_seconds = 60", "join_seconds = 3")
     )
     config.write_text(text)

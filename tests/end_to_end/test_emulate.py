@@ -76,6 +76,8 @@ def test_the_folder_holds_the_whole_story(finished: tuple[dict[str, Any], Path])
     rounds = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rounds) == summary["rounds"]
     assert rounds[-1]["accuracy"] == summary["accuracy"]
+    # The device with 70 % of the whole model's memory holds the first stage in parts only.
+    assert rounds[0]["variants"]["whole"] == 2 and len(rounds[0]["variants"]) == 2
     assert json.loads((out / "summary.json").read_text())["run"] == summary["run"]
     assert "<svg" in (out / "report.html").read_text()
     assert "[model]" in (out / "config.toml").read_text()

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,24 @@ from frostline.exporter.artifact import (
 )
 from frostline.exporter.cutting import CutModel, cut
 from frostline.exporter.models.lookup import build_model
-from frostline.exporter.optimizer import SGD
-from frostline.exporter.stage import Stage, build_stage, load_tensors, statistics_tensors, trainable_tensors
+from frostline.exporter.optimizer import SGD, AdamW, Optimizer
+from frostline.exporter.stage import (
+    Stage,
+    build_stage,
+    load_tensors,
+    statistics_tensors,
+    trainable_tensors,
+)
+from frostline.exporter.variant import WHOLE, Variant
 from frostline.protocol.artifact import read_artifact, write_artifact
 from frostline.protocol.blobs import BlobStore, sha256_of
 from frostline.protocol.errors import CorruptContent, FrostlineError, UsageError
-from frostline.protocol.manifest import Program, TensorSpec
+from frostline.protocol.manifest import Program, StageManifest, TensorSpec
 from frostline.protocol.tensors import Array
+from tests.exporter.small_stages import LENGTH, WIDTH, Perceptron, token_stage
 
 BATCH, CLASSES = 4, 10
-OPTIONS = ExportOptions(BATCH, CLASSES, SGD(0.9))
+OPTIONS = ExportOptions(BATCH, CLASSES, SGD(momentum=0.9))
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ def test_manifest_lists_the_tensors_in_the_order_of_the_arguments(exported: Expo
     manifest, model, layout = exported.compiled.manifest, exported.stage.model, exported.stage.layout
     assert (manifest.stage, manifest.stages, manifest.name) == (1, 2, "layer4")
     assert (manifest.engine, manifest.batch, manifest.classes) == ("executorch", BATCH, CLASSES)
+    assert (manifest.variant, manifest.micro_batches, manifest.update) == ("whole", 1, None)
 
     parameters = {
         name: ("float32", tuple(layout.held(name, p).shape)) for name, p in model.named_parameters()
@@ -95,6 +105,7 @@ def test_manifest_lists_the_tensors_in_the_order_of_the_arguments(exported: Expo
         (manifest.parameters, parameters),
         (manifest.statistics, statistics),
         (manifest.optimizer_state, momentum),
+        (manifest.received, {}),
         (manifest.training.inputs, parameters | statistics | momentum | x | y | rate),
         (manifest.training.outputs, {"loss": ("float32", ()), "correct": ("int64", ())}),
         (manifest.evaluation.inputs, parameters | statistics | x),
@@ -161,7 +172,7 @@ def test_trains_in_the_runtime_without_moving_its_state(exported: Exported) -> N
     session.load(exported.weights)
     x, y = _batch(exported.stage)
     addresses = {name: value.ctypes.data for name, value in session.trained().items()}
-    steps = [session.step(x, y, 0.05) for _ in range(20)]
+    steps = [session.step([(x, y)], 0.05) for _ in range(20)]
     assert {name: value.ctypes.data for name, value in session.trained().items()} == addresses
     losses = [loss for loss, _ in steps]
     assert losses[-1] < 0.2 * losses[0]
@@ -175,7 +186,7 @@ def test_evaluation_equals_eager(exported: Exported) -> None:
     session.load(exported.weights)
     x, y = _batch(exported.stage)
     for _ in range(3):
-        session.step(x, y, 0.05)
+        session.step([(x, y)], 0.05)
     stage = Stage(1, 2, "layer4", copy.deepcopy(exported.stage.model), exported.stage.input_shape)
     load_tensors(stage, {name: torch.from_numpy(value.copy()) for name, value in session.trained().items()})
     with torch.no_grad():
@@ -256,3 +267,127 @@ def test_damage_is_one_clear_error(
     assert type(raised.value) is error
     assert str(folder) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+VARIANTS = (WHOLE, Variant(2), Variant(2, recompute=True))
+OPTIMIZERS: dict[str, Optimizer] = {"SGD": SGD(momentum=0.9), "AdamW": AdamW(proximal=0.1)}
+
+
+def _tokens() -> Stage:
+    torch.manual_seed(0)
+    return token_stage(Perceptron(), Perceptron(), classes=CLASSES)
+
+
+@lru_cache
+def _compiled(optimizer: str, variant: Variant) -> CompiledStage:
+    return compile_stage(_tokens(), ExportOptions(8, CLASSES, OPTIMIZERS[optimizer]), variant=variant)
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def optimizer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    found: Variant = request.param
+    return found
+
+
+def _programs(manifest: StageManifest) -> list[Program]:
+    update = [manifest.update] if manifest.update else []
+    return [manifest.training, *update, manifest.evaluation]
+
+
+def _total(specs: list[TensorSpec]) -> int:
+    return sum(spec.size_bytes for spec in specs)
+
+
+def test_every_variant_of_every_optimizer_trains_as_eager_pytorch_does(
+    optimizer: str, variant: Variant
+) -> None:
+    compiled = _compiled(optimizer, variant)
+    assert 0 < compiled.parity.tensor_error < 1e-3
+    manifest = compiled.manifest
+    assert (manifest.variant, manifest.batch, manifest.classes) == (variant.name, 8, CLASSES)
+    assert (manifest.micro_batches, manifest.micro_batch) == (
+        variant.micro_batches,
+        8 // variant.micro_batches,
+    )
+    assert manifest.input_shape == (LENGTH, WIDTH)
+    contents = compiled.files
+    assert {file.sha256 for file in manifest.files} == set(contents)
+    assert len(contents) == (2 if variant == WHOLE else 3)
+    assert all(len(contents[file.sha256]) == file.size for file in manifest.files)
+
+
+def test_the_plan_of_a_variant_adds_up(optimizer: str, variant: Variant) -> None:
+    manifest = _compiled(optimizer, variant).manifest
+    planned, training, update = manifest.planned, manifest.training, manifest.update
+    together = [training, *([update] if update else [])]
+    assert (update is None) == (variant == WHOLE)
+    # The programs of a step are loaded together, the evaluation in their place.
+    arena = sum(program.arena_bytes for program in together)
+    assert arena > manifest.evaluation.arena_bytes
+    assert planned.arena == arena
+    assert planned.program == sum(program.file.size for program in together)
+    assert planned.parameters == _total(manifest.parameters)
+    assert planned.optimizer_state == _total(manifest.optimizer_state)
+    assert planned.received == _total(manifest.received)
+    assert planned.statistics == _total(manifest.statistics) == 0
+    assert planned.batch == _total([spec for spec in training.inputs if spec.name in ("x", "y")]) + 4
+    assert planned.total == sum(planned.model_dump().values())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "micro_batches", "copies", "more"),
+    [("SGD", 1, 1, 0), ("SGD", 2, 1, 0), ("AdamW", 1, 2, 4), ("AdamW", 2, 3, 4)],
+)
+def test_micro_batches_need_gradients_only_where_there_is_no_momentum_to_take_them(
+    optimizer: str, micro_batches: int, copies: int, more: int
+) -> None:
+    """Momentum; mean, square and the count of steps; and the gradient."""
+    planned = _compiled(optimizer, Variant(micro_batches)).manifest.planned
+    assert planned.optimizer_state == copies * planned.parameters + more
+    assert planned.received == (planned.parameters if optimizer == "AdamW" else 0)
+
+
+def test_each_variant_takes_less_arena_than_the_one_before(optimizer: str) -> None:
+    arenas = [_compiled(optimizer, variant).manifest.training.arena_bytes for variant in VARIANTS]
+    assert arenas[0] > arenas[1] > arenas[2]
+    whole, micro, _ = (_compiled(optimizer, variant).manifest.planned for variant in VARIANTS)
+    assert micro.batch < whole.batch
+
+
+def test_programs_take_only_tensors_that_the_stage_has(optimizer: str, variant: Variant) -> None:
+    manifest = _compiled(optimizer, variant).manifest
+    held = [*manifest.trained, *manifest.optimizer_state, *manifest.received]
+    stage = _by_name(held)
+    assert len(stage) == len(held)
+    step: dict[str, set[str]] = {"training": {"x", "y"}, "update": {"learning_rate"}, "evaluation": {"x"}}
+    step["training"] |= {"learning_rate" if variant == WHOLE else "first"}
+    used: set[str] = set()
+    for kind, names in step.items():
+        program: Program | None = getattr(manifest, kind)
+        if program is None:
+            continue
+        inputs = _by_name(program.inputs)
+        assert len(inputs) == len(program.inputs)
+        assert names <= set(inputs)
+        for name in set(inputs) - names:
+            assert inputs[name] == stage[name]
+        used |= set(inputs)
+    assert set(stage) <= used
+    assert {spec.name for spec in manifest.received} == {
+        f"received.{spec.name}" for spec in manifest.parameters if optimizer == "AdamW"
+    }
+
+
+@pytest.mark.parametrize(("batch", "micro_batches"), [(7, 2), (8, 3), (2, 4)])
+def test_a_batch_that_does_not_divide_is_refused(batch: int, micro_batches: int) -> None:
+    with pytest.raises(
+        UsageError,
+        match=rf"batch of {batch} cannot be trained in {micro_batches} equal parts; "
+        rf"use a multiple of {micro_batches}$",
+    ):
+        compile_stage(_tokens(), ExportOptions(batch, CLASSES), variant=Variant(micro_batches))

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from frostline.exporter.cutting import CutModel, cut
-from frostline.exporter.models.lookup import BUILTIN_NAMES, build_model
+from frostline.exporter.models.lookup import BUILTIN_NAMES, ModelSpec, build_model
 from frostline.protocol.errors import UsageError
+from tests.exporter.small_models import IMAGE_CNNS, small_model
 
 
 def _chain(parts: CutModel, value: torch.Tensor) -> torch.Tensor:
@@ -48,25 +49,40 @@ def _message(module: nn.Module, blocks: object, example: torch.Tensor) -> str:
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
-@pytest.mark.parametrize("name", BUILTIN_NAMES)
-def test_builtin_cut_by_names(name: str, norm: str) -> None:
-    spec = build_model(name, {"width": 4, "input_size": 8, "norm": norm})
+HEADS = {"mobilenet_v2": {"last", "fc"}, "vit": {"norm", "fc"}, "text_transformer": {"norm", "fc"}}
+
+
+def _specs() -> list[ModelSpec]:
+    with_batch_norm = [small_model(name, norm="batch") for name in (*IMAGE_CNNS, "sensor_cnn")]
+    return [*(small_model(name) for name in BUILTIN_NAMES), *with_batch_norm]
+
+
+def _inputs(spec: ModelSpec) -> torch.Tensor:
+    example = spec.example(2)
+    values = torch.linspace(-1, 1, example.numel()).reshape(example.shape)
+    return values if spec.vocabulary is None else ((values + 1) * (spec.vocabulary - 1) / 2).long()
+
+
+@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.name)
+def test_builtin_cut_by_names(spec: ModelSpec) -> None:
     assert spec.default_blocks is not None
-    parts = cut(spec.module, spec.default_blocks, IMAGES)
+    parts = cut(spec.module, spec.default_blocks, _inputs(spec), spec.vocabulary)
     assert tuple(block.name for block in parts.blocks) == spec.default_blocks
-    assert list(parts.head.state_dict()) == ["fc.weight", "fc.bias"]
-    _assert_faithful(spec.module, parts, IMAGES)
+    assert {name.split(".")[0] for name in parts.head.state_dict()} == HEADS.get(spec.name, {"fc"})
+    assert [block.vocabulary for block in parts.blocks] == [
+        spec.vocabulary,
+        *[None] * (len(parts.blocks) - 1),
+    ]
+    _assert_faithful(spec.module, parts, _inputs(spec))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("name", BUILTIN_NAMES)
-def test_builtin_cut_by_number(name: str, count: int) -> None:
-    spec = build_model(name, {"width": 4, "input_size": 8, "norm": "batch"})
-    parts = cut(spec.module, count, IMAGES)
+@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.name)
+def test_builtin_cut_by_number(spec: ModelSpec, count: int) -> None:
+    parts = cut(spec.module, count, _inputs(spec), spec.vocabulary)
     assert len(parts.blocks) == count
     assert list(parts.head.state_dict()) == ["fc.weight", "fc.bias"]
-    _assert_faithful(spec.module, parts, IMAGES)
+    _assert_faithful(spec.module, parts, _inputs(spec))
 
 
 def test_names_may_be_nested() -> None:
@@ -193,6 +209,107 @@ def test_sequences_of_vectors_can_be_cut_by_number() -> None:
     assert torch.equal(_chain(parts, IMAGES), module(IMAGES))
 
 
+class SqueezeExcitation(nn.Module):
+    """Scales its channels by what it makes of their means."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.squeeze = nn.Conv2d(channels, 2, 1)
+        self.excite = nn.Conv2d(2, channels, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.convolution(images)
+        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(self.pool(features)))))
+        scaled: torch.Tensor = images + features * scale
+        return scaled
+
+
+class Separable(nn.Sequential):
+    """A depthwise and a pointwise convolution."""
+
+    def __init__(self, channels: int) -> None:
+        depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        super().__init__(depthwise, nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1), nn.ReLU6())
+
+
+class Attention(nn.Module):
+    """Single-head attention written out, with the scores as a tensor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layer = nn.Linear(width, 3 * width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.layer(self.norm(tokens)).chunk(3, dim=-1)
+        attended: torch.Tensor = tokens + query.matmul(key.transpose(1, 2)).softmax(-1).matmul(value)
+        return attended
+
+
+class MeanOverTokens(nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.mean(1, keepdim=True)
+
+
+POOLED = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+OF_EACH_KIND = {
+    "squeeze and excitation": (nn.Conv2d(3, 4, 1), *(SqueezeExcitation(4) for _ in range(3)), *POOLED),
+    "depthwise": (nn.Conv2d(3, 4, 1), *(Separable(4) for _ in range(3)), *POOLED),
+    "attention": (
+        *(nn.Flatten(2), nn.Linear(64, 4)),
+        *(Attention(4) for _ in range(3)),
+        *(MeanOverTokens(), nn.Flatten(), nn.Linear(4, 2)),
+    ),
+    "PyTorch's attention": (
+        *(nn.Flatten(2), nn.Linear(64, 4)),
+        *(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True) for _ in range(3)),
+        *(MeanOverTokens(), nn.Flatten(), nn.Linear(4, 2)),
+    ),
+    "one dimension": (
+        *(nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.ReLU(), nn.MaxPool1d(2)),
+        *(nn.Conv1d(4, 4, 3, groups=2), nn.BatchNorm1d(4), nn.ReLU(), nn.AvgPool1d(2)),
+        *(nn.Conv1d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_EACH_KIND)
+def test_layers_of_each_kind_are_cut_by_number(kind: str) -> None:
+    module = copy.deepcopy(nn.Sequential(*OF_EACH_KIND[kind]))
+    for count in (1, 2, 3):
+        parts = cut(module, count, IMAGES)
+        assert len(parts.blocks) == count
+        assert {name.rpartition(".")[0] for name in parts.head.state_dict()} == {str(len(module) - 1)}
+        _assert_faithful(module, parts, IMAGES)
+
+
+def test_a_pooling_of_one_channel_is_not_the_classifiers() -> None:
+    module = nn.Sequential(
+        *(nn.AvgPool1d(2), nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3)),
+        *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2)),
+    )
+    parts = cut(module, 2, torch.zeros(2, 1, 16))
+    assert [block.output_shape for block in parts.blocks] == [(4, 6), (4, 4)]
+
+
+def test_cost_counts_what_methods_return_but_no_views() -> None:
+    class Viewing(nn.Linear):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            for _ in range(20):
+                tokens = torch.transpose(torch.transpose(tokens, 1, 2), 1, 2)
+            return super().forward(tokens)
+
+    def ends(first: nn.Module) -> list[str]:
+        module = nn.Sequential(first, *(nn.Linear(4, 4) for _ in range(9)))
+        return [block.name for block in cut(module, 2, torch.zeros(2, 40, 4)).blocks]
+
+    # The scores of 40 tokens take more than nine layers of four features; the views take nothing.
+    assert ends(Attention(4)) == ["0", "9"]
+    assert ends(Viewing(4, 4)) == ends(nn.Linear(4, 4)) == ["4", "9"]
+
+
 def _named(children: dict[str, nn.Module]) -> nn.Sequential:
     module = nn.Sequential()
     for name, child in children.items():
@@ -304,12 +421,12 @@ class Deciding(nn.Module):
         self.layer = nn.Conv2d(3, 3, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if images.sum() > 0:
+        if images.shape[2] > images.shape[3]:
             return self.layer(images)  # type: ignore[no-any-return]
         return images + self.layer(images)  # type: ignore[no-any-return]
 
 
-def test_dynamic_control_flow_is_named_and_allowed_inside_a_named_block() -> None:
+def test_control_flow_on_shapes_is_named_and_allowed_inside_a_named_block() -> None:
     module = _named(
         {
             "inner": nn.Sequential(Deciding()),
@@ -353,6 +470,33 @@ def test_inputs_and_outputs_other_than_one_tensor() -> None:
 def test_example_of_the_wrong_shape() -> None:
     message = _message(_plain(), ["one"], torch.zeros(2, 5, 8, 8))
     assert "does not run on an input of shape [2, 5, 8, 8]" in message
+
+
+def test_token_ids_and_vocabulary_go_together() -> None:
+    spec = small_model("text_transformer")
+    message = _message(spec.module, 2, spec.example(2))
+    assert "int64 input, which needs a vocabulary" in message
+    with pytest.raises(UsageError, match="float32 input, which has no use for a vocabulary of 9"):
+        cut(_plain(), 1, IMAGES, 9)
+    assert "give its vocabulary, if it takes token ids" in _message(spec.module, 2, torch.zeros(2, 6))
+
+
+def test_a_block_hands_on_floats() -> None:
+    class Rounding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(3, 4, 1)
+            self.rounded = nn.Sequential(nn.Identity())
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            ids = self.rounded(self.one(images).long())
+            return self.fc(ids.float().mean((2, 3)))  # type: ignore[no-any-return]
+
+    assert "block 'rounded' returns int64, which carries no gradient" in _message(
+        Rounding(), ["rounded"], IMAGES
+    )
+    assert cut(Rounding(), 1, IMAGES).blocks[0].name != "rounded"
 
 
 def test_model_without_features() -> None:

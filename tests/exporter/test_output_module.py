@@ -5,21 +5,30 @@ import torch
 from torch import nn
 
 from frostline.exporter.cutting import CutModel, cut
-from frostline.exporter.models.lookup import BUILTIN_NAMES, build_model
+from frostline.exporter.models.lookup import BUILTIN_NAMES
 from frostline.exporter.output_module import build_output_module
 from frostline.protocol.errors import UsageError
+from tests.exporter.small_models import IMAGE_CNNS, small_model
 
 
-def _cut(name: str, size: int) -> CutModel:
-    spec = build_model(name, {"width": 4, "input_size": size})
+def _cut(name: str, **options: object) -> CutModel:
+    spec = small_model(name, **options)
     assert spec.default_blocks is not None
-    return cut(spec.module, spec.default_blocks, torch.zeros(2, 3, size, size))
+    return cut(spec.module, spec.default_blocks, spec.example(2), spec.vocabulary)
 
 
 @pytest.mark.parametrize("size", [8, 28, 32, 36])
+@pytest.mark.parametrize("name", IMAGE_CNNS)
+def test_images_of_every_size(name: str, size: int) -> None:
+    _assert_stages_end_in_logits(_cut(name, input_size=size, classes=10))
+
+
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
-def test_every_stage_ends_in_logits(name: str, size: int) -> None:
-    parts = _cut(name, size)
+def test_every_stage_ends_in_logits(name: str) -> None:
+    _assert_stages_end_in_logits(_cut(name, classes=10))
+
+
+def _assert_stages_end_in_logits(parts: CutModel) -> None:
     for stage, block in enumerate(parts.blocks):
         module = build_output_module(parts, stage, seed=0)
         features = torch.zeros(3, *block.output_shape)
@@ -30,7 +39,7 @@ def test_every_stage_ends_in_logits(name: str, size: int) -> None:
 
 
 def test_names_and_layers() -> None:
-    parts = _cut("resnet10", 32)
+    parts = _cut("resnet10", input_size=32)
     module = build_output_module(parts, 1, seed=0)
     assert list(module.state_dict()) == [
         "stand_in_2.weight",
@@ -45,7 +54,7 @@ def test_names_and_layers() -> None:
 
 
 def test_head_is_a_copy() -> None:
-    parts = _cut("small_cnn", 8)
+    parts = _cut("small_cnn")
     module = build_output_module(parts, 2, seed=0)
     ours, theirs = module.state_dict()["head.fc.weight"], parts.head.state_dict()["fc.weight"]
     assert torch.equal(ours, theirs)
@@ -53,7 +62,7 @@ def test_head_is_a_copy() -> None:
 
 
 def test_weights_depend_on_the_seed_only() -> None:
-    parts = _cut("small_cnn", 8)
+    parts = _cut("small_cnn")
     before = torch.get_rng_state()
     first = build_output_module(parts, 0, seed=1).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
@@ -89,9 +98,93 @@ def test_axes_are_strided_apart() -> None:
     assert layer.stride == (1, 2)
 
 
+class _Turned(nn.Module):
+    """Runs a layer with the first two axes of a sample exchanged."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        turned: torch.Tensor = self.layer(features.transpose(1, 2)).transpose(1, 2)
+        return turned
+
+
+class _ConvNeXtUnit(nn.Module):
+    """Images as (channels, height, width), but the norm and the linear layers see the channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.norm = nn.LayerNorm(4)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = self.linear(self.norm(self.depthwise(images).permute(0, 2, 3, 1)))
+        return images + pixels.permute(0, 3, 1, 2)
+
+
+class _SqueezeExcitation(nn.Module):
+    """The linear layers see channels without their places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(4, 4, 1)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, series: torch.Tensor) -> torch.Tensor:
+        series = self.convolution(series)
+        return series * torch.sigmoid(self.linear(series.mean(2)))[:, :, None]
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "kind"),
+    [
+        (nn.Linear(4, 4), (6, 4), nn.Linear),
+        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()), (4, 4), nn.Linear),
+        (nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (6, 4), nn.Linear),
+        (nn.Sequential(_Turned(nn.Conv1d(4, 4, 3, padding=1)), nn.Linear(4, 4)), (6, 4), nn.Linear),
+        (_Turned(nn.Conv1d(4, 4, 3, padding=1)), (6, 4), nn.Linear),
+        (_Turned(nn.Linear(4, 4)), (4, 6), nn.Conv1d),
+        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.GroupNorm(2, 4), nn.ReLU()), (4, 6), nn.Conv1d),
+        (_SqueezeExcitation(), (4, 6), nn.Conv1d),
+        (_ConvNeXtUnit(), (4, 5, 5), nn.Conv2d),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (5, 5, 4), nn.Linear),
+        (nn.Linear(4, 4), (4,), nn.Linear),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_the_block_tells_which_axis_holds_its_features(
+    block: nn.Module, shape: tuple[int, ...], kind: type[nn.Module]
+) -> None:
+    wide = nn.Linear(shape[-1], shape[-1])
+    module = nn.Sequential(wide, block, nn.Flatten(), nn.LazyLinear(3))
+    module(torch.zeros(2, *shape))
+    parts = cut(module.train(), ["0", "1"], torch.zeros(2, *shape))
+    output_module = build_output_module(parts, 0, seed=0)
+    assert type(output_module.get_submodule("stand_in_1")) is kind
+    assert output_module(torch.zeros(5, *shape)).shape == (5, 3)
+    assert all(each.training for each in parts.blocks[1].module.modules())
+
+
+def test_stand_in_of_tokens_changes_their_width() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6), nn.Flatten(), nn.Linear(30, 2)).double()
+    layer = build_output_module(cut(module, ["0", "1"], torch.zeros(2, 5, 3).double()), 0, seed=0)
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "stand_in_1.weight": (6, 4),
+        "head.3.weight": (2, 30),
+        "head.3.bias": (2,),
+    }
+    assert all(value.dtype == torch.float64 for value in layer.state_dict().values())
+
+
 @pytest.mark.parametrize(
     ("second", "expected"),
     [
+        (
+            nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (2, 8)), nn.Linear(8, 3)),
+            ["[2, 4, 4]", "[2, 2, 3]", "number of tokens"],
+        ),
         (nn.ConvTranspose2d(2, 2, 2, 2), ["'1'", "[2, 4, 4]", "[2, 8, 8]", "no stride"]),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(32, 4)),
@@ -111,4 +204,4 @@ def test_features_that_cannot_be_imitated(second: nn.Module, expected: list[str]
 @pytest.mark.parametrize("stage", [-1, 3])
 def test_stage_that_does_not_exist(stage: int) -> None:
     with pytest.raises(UsageError, match="stages 0 to 2"):
-        build_output_module(_cut("small_cnn", 8), stage, seed=0)
+        build_output_module(_cut("small_cnn"), stage, seed=0)

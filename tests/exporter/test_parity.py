@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,15 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from frostline.exporter import recomputation
 from frostline.exporter.artifact import ExportOptions, compile_stage
-from frostline.exporter.optimizer import SGD
+from frostline.exporter.optimizer import SGD, AdamW, Optimizer
 from frostline.exporter.output_module import OutputModule
 from frostline.exporter.rewrites import interpreter
 from frostline.exporter.stage import Stage, StageModel
+from frostline.exporter.variant import WHOLE, Variant
 from frostline.protocol.errors import RunError
 
 aten = torch.ops.aten
-OPTIONS = ExportOptions(batch=4, classes=3, optimizer=SGD(0.9, 1e-3))
+OPTIONS = ExportOptions(batch=4, classes=3, optimizer=SGD(momentum=0.9, weight_decay=1e-3))
 
 
 def _stage(norm: nn.Module) -> Stage:
@@ -71,16 +74,99 @@ def test_a_wrong_rewrite_is_caught(
     assert "\n" not in str(raised.value)
 
 
+@pytest.fixture
+def perceptron() -> Stage:
+    """A stage that is compiled in a moment."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6))
+    return Stage(0, 1, "narrow part", StageModel(block, OutputModule({}, nn.Linear(6, 3))), (5,))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "variant"),
+    [
+        (SGD(momentum=0.9, nesterov=True, weight_decay=1e-3, proximal=0.5, clip_norm=0.1), Variant(2)),
+        (SGD(momentum=0.9, weight_decay=1e-3, proximal=0.5), Variant(2)),
+        (AdamW(proximal=0.5, clip_norm=0.1), WHOLE),
+        (AdamW(weight_decay=0.1), Variant(2)),
+    ],
+    ids=["all of SGD", "in the momentum", "all of AdamW", "AdamW"],
+)
+def test_every_optimizer_passes(perceptron: Stage, optimizer: Optimizer, variant: Variant) -> None:
+    parity = compile_stage(perceptron, ExportOptions(4, 3, optimizer), variant=variant).parity
+    assert 0 <= parity.loss_error < 1e-4
+    assert 0 < parity.tensor_error < 1e-3
+
+
 class _WrongMomentum(SGD):
     def update(self, parameters: Any, gradients: Any, state: Any, learning_rate: Any) -> Any:
-        return SGD(self.momentum * 0.98, self.weight_decay).update(
-            parameters, gradients, state, learning_rate
-        )
+        less = SGD(momentum=self.momentum * 0.98, weight_decay=self.weight_decay)
+        return less.update(parameters, gradients, state, learning_rate)
 
 
-def test_a_wrong_optimizer_is_caught(stage: Stage) -> None:
-    with pytest.raises(RunError, match=r"'narrow part'.*tensor '[a-z_]+"):
-        compile_stage(stage, ExportOptions(4, 3, _WrongMomentum(0.9)))
+class _WrongShare(SGD):
+    def accumulate(self, name: Any, parameter: Any, gradient: Any, *rest: Any) -> Any:
+        return super().accumulate(name, parameter, 1.01 * gradient, *rest)
+
+
+class _ForgottenPart(SGD):
+    def accumulate(self, name: Any, parameter: Any, gradient: Any, state: Any, first: Any, share: Any) -> Any:
+        return super().accumulate(name, parameter, gradient, state, torch.ones_like(first), share)
+
+
+class _WrongStep(SGD):
+    def finish(self, parameters: Any, state: Any, learning_rate: Any) -> Any:
+        return super().finish(parameters, state, 1.01 * learning_rate)
+
+
+class _OneParameterLeftOut(SGD):
+    def finish(self, parameters: Any, state: Any, learning_rate: Any) -> Any:
+        changed, new_state = super().finish(parameters, state, learning_rate)
+        changed.pop("block.2.bias")
+        return changed, new_state
+
+
+class _ForgottenTerm(SGD):
+    def penalized(self, gradient: Any, parameter: Any, received: Any, share: float = 1.0) -> Any:
+        return gradient
+
+
+class _ClippedOneByOne(SGD):
+    def clipped(self, gradients: Any) -> Any:
+        return {name: 0.1 * g / g.norm() for name, g in gradients.items()}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "variant", "tensor"),
+    [
+        (_WrongMomentum(momentum=0.9), WHOLE, ".+"),
+        (_WrongShare(momentum=0.9), Variant(2), ".+"),
+        (_ForgottenPart(), Variant(2), ".+"),
+        (_WrongStep(momentum=0.9), Variant(2), ".+"),
+        (_OneParameterLeftOut(momentum=0.9), Variant(2), r"block\.2\.bias"),
+        (_ForgottenTerm(proximal=10.0), WHOLE, ".+"),
+        (_ClippedOneByOne(clip_norm=0.1), WHOLE, ".+"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Optimizer) else "",
+)
+def test_a_wrong_optimizer_is_caught(
+    perceptron: Stage, optimizer: Optimizer, variant: Variant, tensor: str
+) -> None:
+    with pytest.raises(
+        RunError, match=f"'narrow part'.*does not train as eager.*tensor '{tensor}'"
+    ) as raised:
+        compile_stage(perceptron, ExportOptions(4, 3, optimizer), variant=variant)
+    assert "\n" not in str(raised.value)
+
+
+def test_statistics_that_are_recomputed_twice_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm's running statistics are compared as the parameters are."""
+    monkeypatch.setattr(recomputation, "_without_statistics", lambda segment: contextlib.nullcontext())
+    stage = _stage(nn.BatchNorm2d(4))
+    stage.model.block.append(nn.Conv2d(4, 4, 1))  # type: ignore[operator]
+    assert compile_stage(stage, OPTIONS).parity.tensor_error < 1e-4
+    with pytest.raises(RunError, match=r"tensor 'block\.1\.running_"):
+        compile_stage(stage, OPTIONS, variant=Variant(recompute=True))
 
 
 def test_frozen_parameters_are_constants_of_the_programs(stage: Stage) -> None:

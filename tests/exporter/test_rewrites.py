@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
@@ -235,19 +236,62 @@ def test_adding_windows_is_the_transpose_of_cutting_them(geometry: Geometry) -> 
     torch.testing.assert_close(inner, (x * windows.add(ys)).sum())
 
 
-def test_transposed_convolution_is_left_alone() -> None:
-    geometry = ([1, 1], [0, 0], [1, 1], True, [0, 0], 1)
+@dataclass(frozen=True)
+class Transposed(Geometry):
+    output_padding: tuple[int, ...] = ()
 
-    def step(x: Tensor, weight: Tensor, grad: Tensor) -> Any:
-        # What it is given is held with the channels last, and has to be turned.
-        x, grad = aten.relu(aten.avg_pool2d(x, [1, 1])), aten.avg_pool2d(grad, [1, 1])
-        y = aten.convolution(x, weight, None, *geometry)
-        return aten.avg_pool2d(y, [2, 2]), aten.convolution_backward(
-            grad, x, weight, None, *geometry, [True, True, False]
-        )
+    @property
+    def moved(self) -> tuple[Any, ...]:
+        extra = self.output_padding or (0,) * len(self.kernel)
+        return (self.stride, self.padding, self.dilation, extra, self.groups)
 
-    targets = _targets(_rewritten(step, _draw(1, 2, 4, 4), _draw(2, 3, 3, 3), _draw(1, 3, 6, 6)))
-    assert {aten.convolution.default, aten.convolution_backward.default} <= set(targets)
+
+def _transposed(size: int, kernel: int, stride: int = 1, padding: int = 0, extra: int = 0) -> Transposed:
+    pair = (size,) * 2, (kernel,) * 2, (stride,) * 2, (padding,) * 2, (1, 1)
+    return Transposed(4, 6, *pair, output_padding=(extra,) * 2)
+
+
+TRANSPOSED = {
+    "3x3": _transposed(5, 3, padding=1),
+    "stride 2": _transposed(4, 2, stride=2),
+    "stride 2, output padding": _transposed(4, 3, stride=2, padding=1, extra=1),
+    "stride over kernel": _transposed(3, 2, stride=3, extra=2),
+    "1x1": _transposed(4, 1),
+    "dilation over stride": replace(_transposed(4, 3, extra=1), dilation=(2, 2)),
+    "groups": replace(_transposed(4, 3, stride=2, padding=1, extra=1), groups=2),
+    "depthwise": replace(_transposed(4, 3, stride=2, padding=1), outputs=4, groups=4),
+    "wide": replace(_transposed(4, 3, stride=2, padding=1), channels=20, outputs=18),
+    "one pixel": replace(_transposed(1, 4), channels=20, outputs=18, batch=1),
+    "1-D": Transposed(3, 4, (7,), (4,), (2,), (1,), (1,)),
+    "3-D": Transposed(2, 4, (3, 2, 4), (3, 1, 2), (2, 1, 2), (1, 0, 1), (1, 1, 2), 2, 2, (1, 0, 1)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("geometry", TRANSPOSED.values(), ids=TRANSPOSED)
+def test_transposed_convolution(geometry: Transposed, bias: bool, mask: tuple[bool, bool, bool]) -> None:
+    x = _draw(geometry.batch, geometry.channels, *geometry.size)
+    weight = _draw(geometry.channels, geometry.outputs // geometry.groups, *geometry.kernel)
+    b = _draw(geometry.outputs) if bias else None
+    stride, padding, dilation, extra, groups = geometry.moved
+    rest = (stride, padding, dilation, True, extra, groups)
+    want = aten.convolution(x, weight, b, *rest)
+    y = convolution.transposed_convolution(_held(x), _held(weight), b, *geometry.moved)
+    torch.testing.assert_close(_turned(y), want)
+
+    grad = torch.randn_like(want)
+    held = (_held(grad), _held(x), _held(weight))
+    got = convolution.transposed_convolution_backward(*held, *geometry.moved, mask)
+    backward = (grad, x, weight, [geometry.outputs], *rest, list(mask))
+    gradients = aten.convolution_backward(*backward)
+    _assert_masked((_turned(got[0]), _turned(got[1]), got[2]), gradients, mask)
+    if all(mask):
+        for operator, arguments in [
+            (aten.convolution.default, (x, weight, b, *rest)),
+            (aten.convolution_backward.default, backward),
+        ]:
+            assert operator not in _targets(_rewritten_operator(operator, *arguments))
 
 
 # Without a weight and a bias PyTorch asks for no gradient of theirs.
@@ -413,40 +457,110 @@ def test_max_pool(
     assert not any("pool" in str(target) for target in _targets(_rewritten(step, x, grad)))
 
 
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("count_include_pad", [False, True])
+@pytest.mark.parametrize("divisor", [None, 3])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "rest", "ours"),
+    ("kernel", "stride", "padding"),
     [
-        ([2, 2], [2, 2], [0, 0], (False, True, None), True),
-        ([2, 2], [], [0, 0], (False, True, None), True),
-        ([3], [2], [1], (False, True, None), True),
-        ([3, 2], [2, 1], [1, 0], (False, True, None), True),
-        ([2, 2], [3, 3], [0, 0], (False, True, None), True),
-        ([2, 2], [2, 2], [0, 0], (False, False, None), True),
-        ([3, 3], [2, 2], [1, 1], (False, False, None), False),
-        ([2, 2], [2, 2], [0, 0], (True, True, None), False),
-        ([2, 2], [2, 2], [0, 0], (False, True, 3), False),
+        ([2, 2], [2, 2], [0, 0]),
+        ([2, 2], [], [0, 0]),
+        ([3], [2], [1]),
+        ([3, 2], [2, 1], [1, 0]),
+        ([2, 2], [3, 3], [0, 0]),
+        ([4, 3], [3, 2], [2, 1]),
     ],
 )
 def test_average_pool(
-    kernel: list[int], stride: list[int], padding: list[int], rest: tuple[Any, ...], ours: bool
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    divisor: int | None,
+    count_include_pad: bool,
+    ceil_mode: bool,
 ) -> None:
     x = _draw(2, 3, 7, 8)
-    arguments = (kernel, stride, padding, *rest)
+    arguments = (kernel, stride, padding, ceil_mode, count_include_pad, divisor)
     want = aten.avg_pool2d(x, *arguments)
     grad = torch.randn_like(want)
-    if ours:
-        windows = pooling.windows_of_pool(x.shape[2:], kernel, stride, padding)
-        torch.testing.assert_close(_turned(pooling.average_pool(_held(x), windows)), want)
-        torch.testing.assert_close(
-            _turned(pooling.average_pool_backward(_held(grad), windows)),
-            aten.avg_pool2d_backward(grad, x, *arguments),
-        )
+    windows = pooling.windows_of_pool(x.shape[2:], kernel, stride, padding, ceil_mode=ceil_mode)
+    share = pooling.shares_of_pool(_held(x), windows, padding, count_include_pad, divisor)
+    torch.testing.assert_close(_turned(pooling.average_pool(_held(x), windows, share)), want)
+    torch.testing.assert_close(
+        _turned(pooling.average_pool_backward(_held(grad), windows, share)),
+        aten.avg_pool2d_backward(grad, x, *arguments),
+    )
 
     def step(x: Tensor, grad: Tensor) -> Any:
         return aten.avg_pool2d(x, *arguments), aten.avg_pool2d_backward(grad, x, *arguments)
 
-    stock = [target for target in _targets(_rewritten(step, x, grad)) if "pool" in str(target)]
-    assert len(stock) == (0 if ours else 2)
+    assert not [target for target in _targets(_rewritten(step, x, grad)) if "pool" in str(target)]
+
+
+def _pooled(pool: Callable[[Tensor], Tensor], *shape: int) -> None:
+    """Pooling of an image and its gradient reach the graph without an operator of that name."""
+
+    def step(x: Tensor) -> Any:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = pool(leaf)
+            total = (y * y).sum()
+        return y, torch.autograd.grad(total, leaf)
+
+    targets = _targets(_rewritten(step, _draw(*shape)))
+    assert not [target for target in targets if "pool" in str(target) or "upsample" in str(target)]
+
+
+@pytest.mark.parametrize("kind", ["avg", "max"])
+@pytest.mark.parametrize(
+    ("size", "output"),
+    [((7, 8), 1), ((7, 8), (3, 5)), ((6, 8), (3, 2)), ((4, 4), 7), ((5,), 2), ((4, 5, 6), (2, 2, 3))],
+    ids=str,
+)
+def test_adaptive_pool(size: tuple[int, ...], output: Any, kind: str) -> None:
+    pool = getattr(F, f"adaptive_{kind}_pool{len(size)}d")
+    _pooled(lambda x: pool(x, output), 2, 3, *size)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.avg_pool1d(x, 3, 2, 1),
+        lambda x: F.max_pool1d(x, 3, 2, 1),
+        lambda x: F.max_pool1d(x, 2),
+        lambda x: F.interpolate(x, scale_factor=2),
+    ],
+)
+def test_pools_of_series(pool: Callable[[Tensor], Tensor]) -> None:
+    _pooled(pool, 2, 3, 9)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.avg_pool3d(x, 2, 2, 1, count_include_pad=False),
+        lambda x: F.max_pool3d(x, 2, 1),
+        lambda x: F.max_pool3d(x, 3, 2, 1, ceil_mode=True),
+    ],
+)
+def test_pools_of_volumes(pool: Callable[[Tensor], Tensor]) -> None:
+    _pooled(pool, 2, 3, 4, 5, 3)
+
+
+@pytest.mark.parametrize("options", [{"size": (7, 3)}, {"scale_factor": 2}, {"scale_factor": 1.7}], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "aligned"])
+def test_enlarging(mode: str, options: dict[str, Any]) -> None:
+    kind: dict[str, Any] = (
+        {"mode": mode} if mode != "aligned" else {"mode": "bilinear", "align_corners": True}
+    )
+    _pooled(lambda x: F.interpolate(x, **kind, **options), 2, 3, 4, 5)
+
+
+def test_equal_values_share_no_gradient() -> None:
+    x, grad = torch.ones(1, 5, 5, 1), _draw(1, 3, 2, 1).float()
+    spread = pooling.adaptive_max_pool_backward(grad, x)
+    torch.testing.assert_close(spread.sum(), grad.sum())
+    assert (spread != 0).sum() <= grad.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -485,12 +599,12 @@ def _turns(graph: fx.GraphModule) -> list[Any]:
 
 
 @pytest.mark.parametrize("keepdim", [True, False])
-@pytest.mark.parametrize(
-    ("axes", "ours"), [([2, 3], True), ([-1, -2], True), ([2], False), ([1, 2, 3], False)], ids=str
-)
-def test_mean_over_pixels(axes: list[int], ours: bool, keepdim: bool) -> None:
+@pytest.mark.parametrize("axes", [[2, 3], [-1, -2], [2], [1, 2, 3], [0], [3, 0]], ids=str)
+def test_means(axes: list[int], keepdim: bool) -> None:
     graph = _rewritten(lambda x: aten.mean(x, axes, keepdim), _draw(2, 3, 4, 5))
-    assert (aten.mean.dim not in _targets(graph)) == ours
+    assert aten.mean.dim not in _targets(graph)
+    held = _rewritten(lambda x: aten.mean(aten.permute(x, [0, 3, 1, 2]), axes, keepdim), _draw(2, 4, 5, 3))
+    assert len(_turns(held)) <= 1
 
 
 @pytest.mark.parametrize("size", [[2, 3, 4, 5], [2, 3, 1, 1], [2, 3, 1, 5]], ids=str)
@@ -581,7 +695,7 @@ def test_a_residual_stage_is_never_turned(index: int, norm: str) -> None:
     options = {"width": 16, "channels": 1, "input_size": 8, "norm": norm}
     spec = build_model("resnet10", options, seed=0)
     stage = build_stage(cut(spec.module, 2, torch.zeros(2, *spec.input_shape)), index, seed=0)
-    optimizer = SGD(0.9)
+    optimizer = SGD(momentum=0.9)
     state = initial_state(stage, optimizer)
     x, y = torch.zeros(4, *stage.input_shape), torch.zeros(4, dtype=torch.int64)
     training = trace_training_step(stage, optimizer, state, x, y, rewrite_for_executorch).graph_module

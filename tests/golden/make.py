@@ -64,31 +64,49 @@ def _manifest() -> StageManifest:
         TensorSpec(name="momentum.block.weight", shape=(4, 3, 3, 4)),
         TensorSpec(name="momentum.head.weight", shape=(10, 64)),
     ]
+    received = [
+        TensorSpec(name="received.block.weight", shape=(4, 3, 3, 4)),
+        TensorSpec(name="received.head.weight", shape=(10, 64)),
+    ]
+    # Half of the head's rows at a time.
+    tiles = [TensorSpec(name="momentum.head.weight", shape=(5, 64), tile=tile) for tile in (0, 1)]
     features = TensorSpec(name="x", shape=(8, 4, 4, 4))
     labels = TensorSpec(name="y", dtype="int64", shape=(8,))
+    rate = TensorSpec(name="learning_rate", shape=())
     return StageManifest(
         stage=1,
         stages=2,
         name="digits-cnn",
         engine="executorch",
-        batch=8,
+        variant="micro2+recompute",
+        batch=16,
+        micro_batches=2,
         classes=10,
         parameters=[kernel, weight],
         statistics=[mean],
         optimizer_state=momentum,
+        received=received,
         training=Program(
             file=BlobReference(sha256="11" * 32, size=40_960),
             inputs=[
                 kernel,
                 weight,
                 mean,
-                *momentum,
+                momentum[0],
+                *tiles,
+                *received,
                 features,
                 labels,
-                TensorSpec(name="learning_rate", shape=()),
+                TensorSpec(name="first", shape=()),
             ],
             outputs=[TensorSpec(name="loss", shape=()), TensorSpec(name="correct", dtype="int64", shape=())],
             arena_bytes=65_536,
+        ),
+        update=Program(
+            file=BlobReference(sha256="44" * 32, size=5_120),
+            inputs=[kernel, weight, *momentum, rate],
+            outputs=[rate],
+            arena_bytes=4_096,
         ),
         evaluation=Program(
             file=BlobReference(sha256="22" * 32, size=20_480),
@@ -99,18 +117,19 @@ def _manifest() -> StageManifest:
         prefix=[
             Program(
                 file=BlobReference(sha256="33" * 32, size=10_240),
-                inputs=[TensorSpec(name="image", shape=(8, 1, 8, 8))],
+                inputs=[TensorSpec(name="image", dtype="int64", shape=(8, 1, 8, 8), vocabulary=256)],
                 outputs=[features],
                 arena_bytes=16_384,
             )
         ],
         planned=PlannedMemory(
-            arena=65_536,
+            arena=69_632,
             parameters=3_136,
             statistics=16,
             optimizer_state=3_136,
+            received=3_136,
             batch=2_116,
-            program=40_960,
+            program=46_080,
         ),
     )
 

@@ -33,7 +33,7 @@ CHUNKS = [
     "4bd515be315046716e9ee4f36aa67051080e122a1eececa2708739e6fa5860ab",
     "110a348438ce4c5e8904fb58140ceed07452d0857cc482aa6e52e711d013bb8e",
 ]
-MANIFEST = "1fbb948790a522ddf88ad11a770591a06cec2fbe6902b06cac1b1b95ab58d48f"
+MANIFEST = "ec071073b9967b4af49ede37298ae6172eeeb5ace233604fb7a44dfa06015886"
 INDEX = {"sha256": CONTENT, "size": 1100, "chunk_size": 1024, "chunks": CHUNKS}
 VALUES: dict[str, dict[str, Any]] = {
     "RunAnnouncement": {
@@ -69,7 +69,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "run": RUN,
         "lease": LEASE,
         "round": 3,
-        "manifest": {"sha256": MANIFEST, "size": 3762},
+        "manifest": {"sha256": MANIFEST, "size": 6862},
         "weights": {"sha256": CONTENT, "size": 1100},
         "epochs": 2,
         "learning_rate": 0.05,
@@ -207,7 +207,8 @@ def test_the_manifest_has_the_documented_hash_and_values() -> None:
     manifest = decode_manifest(content, "golden")
     assert manifest.encode() == content
     assert (manifest.stage, manifest.stages, manifest.name) == (1, 2, "digits-cnn")
-    assert (manifest.engine, manifest.batch, manifest.classes) == ("executorch", 8, 10)
+    assert (manifest.engine, manifest.batch, manifest.classes) == ("executorch", 16, 10)
+    assert (manifest.variant, manifest.micro_batches, manifest.micro_batch) == ("micro2+recompute", 2, 8)
     assert manifest.input_shape == (4, 4, 4)
     assert manifest.sample_shape == (1, 8, 8)
     assert [(spec.name, spec.model_axes) for spec in manifest.trained] == [
@@ -215,14 +216,22 @@ def test_the_manifest_has_the_documented_hash_and_values() -> None:
         ("head.weight", None),
         ("norm.running_mean", None),
     ]
+    assert manifest.samples.vocabulary == 256
+    assert [spec.name for spec in manifest.received] == ["received.block.weight", "received.head.weight"]
+    tiles = [(spec.name, spec.tile, spec.shape) for spec in manifest.training.inputs if spec.tile is not None]
+    assert tiles == [("momentum.head.weight", 0, (5, 64)), ("momentum.head.weight", 1, (5, 64))]
+    assert manifest.update is not None
+    assert [spec.name for spec in manifest.update.inputs][-1] == "learning_rate"
     assert [(file.sha256, file.size) for file in manifest.files] == [
         ("11" * 32, 40_960),
+        ("44" * 32, 5_120),
         ("22" * 32, 20_480),
         ("33" * 32, 10_240),
     ]
-    assert manifest.planned.total == 114_900
+    assert manifest.planned.total == 127_252
     assert manifest.planned.parameters == sum(spec.size_bytes for spec in manifest.parameters)
     assert manifest.planned.statistics == sum(spec.size_bytes for spec in manifest.statistics)
+    assert manifest.planned.received == sum(spec.size_bytes for spec in manifest.received)
 
 
 def test_topics_are_the_documented_ones() -> None:

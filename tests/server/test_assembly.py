@@ -1,4 +1,4 @@
-"""Resuming: only the run that was begun, and only while it is unfinished."""
+"""What a run needs to begin; resuming: only the run that was begun, and only while it is unfinished."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from frostline.server.assembly import Run, assemble
 from frostline.server.config import parse_config
 from frostline.server.coordinator import RunObserver
 from frostline.server.ledger import Ledger, sqlite_url
+from tests.byte_patterns import write_byte_patterns
 
 TEXT = """
 [model]
@@ -37,6 +38,27 @@ def test_a_run_is_resumed_with_the_file_it_began_with(tmp_path: Path) -> None:
     begin(TEXT.replace("127.0.0.1:1", "127.0.0.1:2"), tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match=r"\[model\] differs from .*config.toml"):
         begin(TEXT.replace("width = 4", "width = 8"), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("text_transformer", "vocabulary = 100, ", "has a vocabulary of 100, but .* token ids up to 12[0-9]"),
+        ("text_transformer", "", None),
+        ("torch.nn:Flatten", "", "'torch.nn:Flatten' takes numbers, but the samples of .* are token ids"),
+        ("small_cnn", "", r"takes square images, not samples of shape \[16\]"),
+    ],
+)
+def test_token_ids_fit_the_model(tmp_path: Path, name: str, options: str, said: str | None) -> None:
+    data = write_byte_patterns(tmp_path / "data")
+    more = "" if ":" in name else f"{options} width = 8"
+    text = f'[model]\nname = "{name}"\noptions = {{{more}}}\n[data]\ntest = "{data}"\n'
+    if said is None:
+        begin(text, tmp_path / "run", resume=False)
+        return
+    with pytest.raises(UsageError, match=said):
+        begin(text, tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_the_program_gives_the_logits_of_the_weights(tmp_path: Path, norm: str) 
         # Statistics that differ from a fresh model's, so that losing them would show.
         model.train()(torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0)) * 3 + 1)
     with RunFolder.create(tmp_path / "run") as folder:
-        write_final_model(folder, model, SHAPE, BATCH)
+        write_final_model(folder, model, torch.zeros(BATCH, *SHAPE))
 
     loaded = build_model("resnet10", options, SHAPE, 3, seed=2).module
     loaded.load_state_dict(safetensors.torch.load_file(folder.model_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -20,6 +21,7 @@ from frostline.server.config import RunConfig
 from frostline.server.gateway import DeviceRecord, Gateway, RoundListener
 from frostline.server.ledger import Ledger
 from frostline.server.round import Round, RoundPlan
+from frostline.server.selection import OfferedStage
 
 TRAINED = [TensorSpec(name="block.w", shape=(2, 3)), TensorSpec(name="block.mean", shape=(2,))]
 PROGRAM = Program(
@@ -30,17 +32,27 @@ MANIFEST = StageManifest(
     stages=1,
     name="block",
     engine="executorch",
+    variant="whole",
     batch=4,
+    micro_batches=1,
     classes=2,
     parameters=TRAINED[:1],
     statistics=TRAINED[1:],
     optimizer_state=[],
+    received=[],
     training=PROGRAM,
+    update=None,
     evaluation=PROGRAM,
     prefix=[],
-    planned=PlannedMemory(arena=100, parameters=24, statistics=8, optimizer_state=0, batch=0, program=0),
+    planned=PlannedMemory(
+        arena=100, parameters=24, statistics=8, optimizer_state=0, received=0, batch=0, program=0
+    ),
 )
-PLAN = RoundPlan(0, "a" * 32, MANIFEST, reference_to(MANIFEST.encode()), reference_to(b"weights"))
+SMALL = MANIFEST.model_copy(
+    update={"variant": "small", "planned": MANIFEST.planned.model_copy(update={"arena": 40})}
+)
+OFFERS = [OfferedStage(each, reference_to(each.encode())) for each in (MANIFEST, SMALL)]
+PLAN = RoundPlan(0, "a" * 32, OFFERS[:1], reference_to(b"weights"))
 WEIGHTS = {"block.w": np.ones((2, 3), np.float32), "block.mean": np.zeros(2, np.float32)}
 SAMPLES = 10
 
@@ -65,6 +77,7 @@ class Fleet:
         self.listener: RoundListener | None = None
         self.leases: list[tuple[str, Lease]] = []
         self.receipts: dict[str, str] = {}
+        self.plan = PLAN
         self.ledger.begin_stage(0, "block")
         self.ledger.open_round(0, 0, PLAN.weights_reference)
 
@@ -109,7 +122,7 @@ class Fleet:
             {"model": {"name": "m"}, "rounds": {"devices": devices, "deadline_seconds": deadline}}
         )
         self.aggregator = Aggregator(WEIGHTS)
-        return Round(PLAN, config, cast(Gateway, self), self.ledger, self.aggregator, self.store)
+        return Round(self.plan, config, cast(Gateway, self), self.ledger, self.aggregator, self.store)
 
     def send(self, device: str, offer: UpdateOffer, content: bytes) -> str:
         """Go the way of an update through the receiver; returns why it was rejected, or nothing."""
@@ -293,8 +306,43 @@ def test_the_lease_says_what_to_train(tmp_path: Path) -> None:
         first, second = (lease for _, lease in fleet.leases)
         assert first.lease != second.lease
         assert (first.run, first.round) == (PLAN.run, 0)
-        assert (first.manifest, first.weights) == (PLAN.manifest_reference, PLAN.weights_reference)
+        assert (first.manifest, first.weights) == (OFFERS[0].reference, PLAN.weights_reference)
         assert first.evaluate
+
+    asyncio.run(play())
+
+
+def test_each_device_gets_the_fastest_variant_that_fits(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path)
+        fleet.plan = replace(PLAN, offers=OFFERS)
+        whole, small = (offer.manifest.planned.total for offer in OFFERS)
+        for device, memory in (("a", whole), ("b", whole - 1), ("c", small), ("d", small - 1)):
+            fleet.join(device, memory=memory)
+        current = fleet.round(devices=4)
+        await asyncio.wait_for(current.run(iter("abcd")), 1)
+        got = {device: lease.manifest for device, lease in fleet.leases}
+        assert got == {"a": OFFERS[0].reference, "b": OFFERS[1].reference, "c": OFFERS[1].reference}
+        assert {d: offer.manifest.variant for d, offer in current.variants.items()} == {
+            "a": "whole",
+            "b": "small",
+            "c": "small",
+        }
+        assert len(current.metrics) == 3
+
+    asyncio.run(play())
+
+
+def test_a_lease_taken_up_for_an_absent_device_names_the_smallest_variant(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path)
+        fleet.plan = replace(PLAN, offers=OFFERS)
+        fleet.ledger.add_lease("1" * 32, 0, "absent")
+        running = asyncio.create_task(fleet.round(devices=1).run(iter(())))
+        await asyncio.sleep(0)
+        fleet.join("absent", memory=OFFERS[1].manifest.planned.total)
+        await asyncio.wait_for(running, 1)
+        assert [lease.manifest for _, lease in fleet.leases] == [OFFERS[1].reference]
 
     asyncio.run(play())
 

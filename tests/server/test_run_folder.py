@@ -33,6 +33,7 @@ def round_record(number: int, **changes: object) -> RoundRecord:
         "bytes_down": 4000,
         "bytes_up": 3000,
         "planned_bytes": 250_000,
+        "variants": {"whole": 3},
         "seconds": 1.5,
     }
     return RoundRecord.model_validate(fields | changes)

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from frostline.datasets.samples import Samples
+from frostline.exporter import planning
 from frostline.exporter.artifact import CompiledStage, ExportOptions
 from frostline.exporter.cutting import cut
 from frostline.exporter.models.lookup import build_model
 from frostline.exporter.parity import Parity
 from frostline.exporter.stage import Stage, build_stage, load_tensors, statistics_tensors, trainable_tensors
+from frostline.exporter.variant import Variant
 from frostline.protocol.blobs import reference_to
 from frostline.protocol.manifest import PlannedMemory, Program, StageManifest, TensorSpec
 from frostline.protocol.tensors import Array
@@ -62,23 +64,34 @@ def fake_program(name: str, shape: tuple[int, ...]) -> tuple[Program, bytes]:
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that name their stage: lowering takes seconds a stage and is not what these tests are about."""
 
-    def compile_stage(stage: Stage, options: ExportOptions, *, check: bool = True) -> CompiledStage:
-        program, content = fake_program(f"stage {stage.name}", stage.input_shape)
+    def compile_stage(stage: Stage, options: ExportOptions, *, variant: Variant) -> CompiledStage:
+        program, content = fake_program(f"stage {stage.name} {variant.name}", stage.input_shape)
+        whole = variant.micro_batches == 1
         manifest = StageManifest(
             stage=stage.index,
             stages=stage.count,
             name=stage.name,
             engine="executorch",
+            variant=variant.name,
             batch=options.batch,
+            micro_batches=1,
             classes=options.classes,
             parameters=[],
             statistics=[],
             optimizer_state=[],
+            received=[],
             training=program,
+            update=None,
             evaluation=program,
             prefix=[],
             planned=PlannedMemory(
-                arena=stage.index, parameters=0, statistics=0, optimizer_state=0, batch=0, program=0
+                arena=(stage.index + 1) * (1000 if whole else 500),
+                parameters=0,
+                statistics=0,
+                optimizer_state=0,
+                received=0,
+                batch=0,
+                program=0,
             ),
         )
         return CompiledStage(manifest, {program.file.sha256: content}, Parity(0.0, 0.0))
@@ -86,7 +99,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_prefix(stage: Stage, batch: int) -> tuple[Program, bytes]:
         return fake_program(f"prefix {stage.name}", stage.input_shape)
 
-    monkeypatch.setattr(schedule_module, "compile_stage", compile_stage)
+    monkeypatch.setattr(planning, "compile_stage", compile_stage)
     monkeypatch.setattr(schedule_module, "compile_prefix", compile_prefix)
 
 
@@ -129,9 +142,33 @@ def test_weights_are_named_for_what_a_stage_trains(norm: str) -> None:
 
 
 @pytest.mark.usefixtures("without_compiler")
+def test_a_budget_gets_the_fastest_variant_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def estimate(stage: Stage, options: ExportOptions, variant: Variant) -> PlannedMemory:
+        arena = 900 if variant.micro_batches == 1 else 400
+        return PlannedMemory(
+            arena=arena, parameters=0, statistics=0, optimizer_state=0, received=0, batch=0, program=0
+        )
+
+    monkeypatch.setattr(planning, "estimate_stage", estimate)
+    monkeypatch.setattr(planning, "_state_bytes", lambda stage, options, variant: 300)
+    schedule = build().schedule
+
+    def variant_within(budget: int) -> str | None:
+        prepared = schedule.prepare_within(0, budget)
+        return prepared.manifest.variant if prepared else None
+
+    assert variant_within(1000) == "whole"
+    # Estimated to fit, but not once it is compiled.
+    assert variant_within(999) == "micro2"
+    assert variant_within(500) == "micro2"
+    assert variant_within(499) is None
+    assert variant_within(299) is None
+
+
+@pytest.mark.usefixtures("without_compiler")
 def test_plans_are_made_once() -> None:
     schedule = build().schedule
-    assert schedule.plan(2).arena == 2
+    assert schedule.plan(2).arena == 3000
     assert schedule.plan(2) is schedule.plan(2)
     assert schedule.plan_whole_model() is schedule.plan_whole_model()
 

@@ -19,16 +19,26 @@ MANIFEST = StageManifest(
     stages=1,
     name="block",
     engine="executorch",
+    variant="whole",
     batch=4,
+    micro_batches=1,
     classes=2,
     parameters=[],
     statistics=[],
     optimizer_state=[],
+    received=[],
     training=PROGRAM,
+    update=None,
     evaluation=PROGRAM,
     prefix=[],
     planned=PlannedMemory(
-        arena=1, parameters=20, statistics=300, optimizer_state=4000, batch=50_000, program=600_000
+        arena=1,
+        parameters=20,
+        statistics=300,
+        optimizer_state=4000,
+        received=0,
+        batch=50_000,
+        program=600_000,
     ),
 )
 NEEDED = 654_321

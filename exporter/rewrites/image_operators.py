@@ -1,0 +1,303 @@
+"""Rewrites of operators on images: their arguments as channels-last tensors, their results standing for (N, C, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import frostline.exporter.tiles  # noqa: F401 - defines the operators of tiles
+from frostline.exporter.rewrites import convolution, normalization, pooling, resampling
+from frostline.exporter.rewrites.arrangement import (
+    Arranger,
+    Tiled,
+    TiledGradient,
+    Value,
+    image,
+    optional_image,
+)
+from frostline.exporter.rewrites.windows import Windows
+
+aten = torch.ops.aten
+
+
+def _convolution(
+    arrange: Arranger,
+    x: Value,
+    weight: Value | Tiled,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Any:
+    held = (arrange.image(x), _kernel(arrange, weight), arrange.plain(bias))
+    if transposed:
+        y = convolution.transposed_convolution(*held, stride, padding, dilation, output_padding, groups)
+        return image(y)
+    return image(convolution.convolution(*held, stride, padding, dilation, groups))
+
+
+def _convolution_backward(
+    arrange: Arranger,
+    grad: Value,
+    x: Value,
+    weight: Value | Tiled,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Any:
+    held = (arrange.image(grad), arrange.image(x), _kernel(arrange, weight))
+    grad_weight: Tensor | TiledGradient | None
+    if transposed:
+        grad_x, grad_weight, grad_bias = convolution.transposed_convolution_backward(
+            *held, stride, padding, dilation, output_padding, groups, output_mask
+        )
+    else:
+        grad_x, grad_weight, grad_bias = convolution.convolution_backward(
+            *held, stride, padding, dilation, groups, output_mask
+        )
+    kernel = grad_weight if isinstance(grad_weight, TiledGradient) else optional_image(grad_weight)
+    return optional_image(grad_x), kernel, grad_bias
+
+
+def _kernel(arrange: Arranger, weight: Value | Tiled) -> Any:
+    return weight if isinstance(weight, Tiled) else arrange.image(weight)
+
+
+def _of_tiles(arrange: Arranger, tiles: Sequence[Tensor], size: Sequence[int]) -> Tiled:
+    return Tiled(tiles, size)
+
+
+def _tiles_of(arrange: Arranger, weight: Value | TiledGradient) -> Any:
+    if isinstance(weight, TiledGradient):
+        return weight.tiles
+    places = arrange(weight, [*range(2, weight.dim()), 0, 1])
+    tiles = places.reshape(-1, *places.shape[-2:])
+    return [aten.select_copy(tiles, 0, index) for index in range(tiles.shape[0])]
+
+
+def _group_norm(
+    arrange: Arranger,
+    x: Value,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    c: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> Any:
+    y, mean, scale = normalization.group_norm(arrange.image(x), weight, bias, groups, eps)
+    return image(y), mean, scale
+
+
+def _group_norm_backward(
+    arrange: Arranger,
+    grad: Value,
+    x: Value,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    n: int,
+    c: int,
+    size: int,
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Any:
+    grad_x, grad_weight, grad_bias = normalization.group_norm_backward(
+        arrange.image(grad), arrange.image(x), mean, scale, weight, groups, output_mask
+    )
+    return optional_image(grad_x), grad_weight, grad_bias
+
+
+def _batch_norm(arrange: Arranger, x: Value, *rest: Any) -> Any:
+    y, mean, scale = normalization.batch_norm(arrange.image(x), *rest)
+    return image(y), mean, scale
+
+
+def _batch_norm_backward(arrange: Arranger, grad: Value, x: Value, *rest: Any) -> Any:
+    grad_x, grad_weight, grad_bias = normalization.batch_norm_backward(
+        arrange.image(grad), arrange.image(x), *rest
+    )
+    return optional_image(grad_x), grad_weight, grad_bias
+
+
+def _max_pool(arrange: Arranger, x: Value, *geometry: Any) -> Any:
+    held = arrange.image(x)
+    windows = pooling.windows_of_pool(held.shape[1:-1], *geometry)
+    return _with_indices(pooling.max_pool(held, windows))
+
+
+def _max_pool_backward(arrange: Arranger, grad: Value, x: Value, *rest: Any) -> Any:
+    held = arrange.image(x)
+    *geometry, _indices = rest
+    windows = pooling.windows_of_pool(held.shape[1:-1], *geometry)
+    return image(pooling.max_pool_backward(arrange.image(grad), held, windows))
+
+
+def _average_pool(arrange: Arranger, x: Value, *geometry: Any) -> Any:
+    held = arrange.image(x)
+    windows, share = _averaging(held, *geometry)
+    return image(pooling.average_pool(held, windows, share))
+
+
+def _average_pool_backward(arrange: Arranger, grad: Value, x: Value, *geometry: Any) -> Any:
+    held = arrange.image(x)
+    windows, share = _averaging(held, *geometry)
+    return image(pooling.average_pool_backward(arrange.image(grad), windows, share))
+
+
+def _averaging(
+    held: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> tuple[Windows, Tensor | float]:
+    """The windows of ATen's average pooling, and each one's share."""
+    windows = pooling.windows_of_pool(held.shape[1:-1], kernel, stride, padding, ceil_mode=ceil_mode)
+    return windows, pooling.shares_of_pool(held, windows, padding, count_include_pad, divisor)
+
+
+def _adaptive_average_pool(arrange: Arranger, x: Value, output: Sequence[int]) -> Any:
+    held = arrange.image(x)
+    windows = _dividing_windows(held, output)
+    if windows is not None:
+        return image(pooling.average_pool(held, windows))
+    return image(resampling.resample(held, _averages(held.shape, output)))
+
+
+def _adaptive_average_pool_backward(arrange: Arranger, grad: Value, x: Value) -> Any:
+    windows = _dividing_windows(arrange.image(x), grad.shape[2:])
+    if windows is not None:
+        return image(pooling.average_pool_backward(arrange.image(grad), windows))
+    maps = _averages(arrange.image(x).shape, grad.shape[2:])
+    return image(resampling.resample_backward(arrange.image(grad), maps))
+
+
+def _averages(shape: Sequence[int], output: Sequence[int]) -> list[resampling.AxisMap]:
+    return [resampling.averages(size, count) for size, count in zip(shape[1:-1], output, strict=True)]
+
+
+def _adaptive_max_pool(arrange: Arranger, x: Value, output: Sequence[int]) -> Any:
+    held = arrange.image(x)
+    windows = _dividing_windows(held, output)
+    if windows is not None:
+        return _with_indices(pooling.max_pool(held, windows))
+    return _with_indices(pooling.adaptive_max_pool(held, output))
+
+
+def _adaptive_max_pool_backward(arrange: Arranger, grad: Value, x: Value, indices: Any) -> Any:
+    held = arrange.image(x)
+    windows = _dividing_windows(held, grad.shape[2:])
+    if windows is not None:
+        return image(pooling.max_pool_backward(arrange.image(grad), held, windows))
+    return image(pooling.adaptive_max_pool_backward(arrange.image(grad), held))
+
+
+def _dividing_windows(held: Tensor, output: Sequence[int]) -> Windows | None:
+    """Adaptive pooling as the usual one, where every axis divides."""
+    spatial = held.shape[1:-1]
+    if any(size % count for size, count in zip(spatial, output, strict=True)):
+        return None
+    return pooling.windows_of_pool(
+        spatial, [size // count for size, count in zip(spatial, output, strict=True)]
+    )
+
+
+def _with_indices(held: Tensor) -> tuple[Value, Tensor]:
+    """A maximum, and indices that say nothing: they are for the backward pass, and ours finds the places anew."""
+    largest = image(held)
+    return largest, held.new_empty(largest.shape, dtype=torch.int64)
+
+
+def _nearest(arrange: Arranger, x: Value, output: Sequence[int], *scales: float | None) -> Any:
+    maps = _enlargements(resampling.nearest, x.shape[2:], output, scales)
+    return image(resampling.resample(arrange.image(x), maps))
+
+
+def _nearest_backward(
+    arrange: Arranger, grad: Value, output: Sequence[int], size: Sequence[int], *scales: float | None
+) -> Any:
+    maps = _enlargements(resampling.nearest, size[2:], output, scales)
+    return image(resampling.resample_backward(arrange.image(grad), maps))
+
+
+def _bilinear(
+    arrange: Arranger, x: Value, output: Sequence[int], align_corners: bool, *scales: float | None
+) -> Any:
+    maps = _enlargements(_linear(align_corners), x.shape[2:], output, scales)
+    return image(resampling.resample(arrange.image(x), maps))
+
+
+def _bilinear_backward(
+    arrange: Arranger,
+    grad: Value,
+    output: Sequence[int],
+    size: Sequence[int],
+    align_corners: bool,
+    *scales: float | None,
+) -> Any:
+    maps = _enlargements(_linear(align_corners), size[2:], output, scales)
+    return image(resampling.resample_backward(arrange.image(grad), maps))
+
+
+def _linear(align_corners: bool) -> Callable[..., resampling.AxisMap]:
+    return lambda size, count, scale: resampling.linear(size, count, align_corners, scale)
+
+
+def _enlargements(
+    kind: Callable[..., resampling.AxisMap],
+    spatial: Sequence[int],
+    output: Sequence[int],
+    scales: Sequence[float | None],
+) -> list[resampling.AxisMap]:
+    axes = zip(spatial, output, scales or [None] * len(spatial), strict=True)
+    return [kind(size, count, scale) for size, count, scale in axes]
+
+
+REWRITES: dict[Any, Callable[..., Any]] = {
+    aten._adaptive_avg_pool2d.default: _adaptive_average_pool,
+    aten._adaptive_avg_pool2d_backward.default: _adaptive_average_pool_backward,
+    aten._adaptive_avg_pool3d.default: _adaptive_average_pool,
+    aten._adaptive_avg_pool3d_backward.default: _adaptive_average_pool_backward,
+    aten._native_batch_norm_legit.default: _batch_norm,
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool,
+    aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool_backward,
+    aten.adaptive_max_pool3d.default: _adaptive_max_pool,
+    aten.adaptive_max_pool3d_backward.default: _adaptive_max_pool_backward,
+    aten.avg_pool2d.default: _average_pool,
+    aten.avg_pool2d_backward.default: _average_pool_backward,
+    aten.avg_pool3d.default: _average_pool,
+    aten.avg_pool3d_backward.default: _average_pool_backward,
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+    aten.max_pool2d_with_indices.default: _max_pool,
+    aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
+    aten.max_pool3d_with_indices.default: _max_pool,
+    aten.max_pool3d_with_indices_backward.default: _max_pool_backward,
+    aten.native_batch_norm.default: _batch_norm,
+    aten.native_batch_norm_backward.default: _batch_norm_backward,
+    aten.native_group_norm.default: _group_norm,
+    aten.native_group_norm_backward.default: _group_norm_backward,
+    aten.upsample_bilinear2d.default: _bilinear,
+    aten.upsample_bilinear2d_backward.default: _bilinear_backward,
+    aten.upsample_nearest1d.default: _nearest,
+    aten.upsample_nearest1d_backward.default: _nearest_backward,
+    aten.upsample_nearest2d.default: _nearest,
+    aten.upsample_nearest2d_backward.default: _nearest_backward,
+    torch.ops.frostline.kernel.default: _of_tiles,
+    torch.ops.frostline.kernel_tiles.default: _tiles_of,
+}

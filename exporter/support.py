@@ -1,0 +1,257 @@
+"""Finds what no stage can train, and where in the model it is.
+
+A training step is a fixed program over float32 tensors: what a tensor holds may not decide which operators run or what
+shape they return, and nothing may be complex. `check_values` says so before a model is cut. Whether ExecuTorch can
+execute an operator is known only once a stage is lowered; `explain` then finds the operator in the model again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._decomp import core_aten_decompositions
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from frostline.exporter.executorch_lowering import UnsupportedOperators, kernel_names
+from frostline.exporter.tracing import first_line, mode
+from frostline.protocol.errors import UsageError
+
+aten = torch.ops.aten
+
+STAGE_PREFIXES = ("block.", "output_module.head.", "output_module.")
+"""What a stage puts before the names of the model's children."""
+
+MODULES_NAMED = 3
+"""How many modules an error lists beside the first."""
+
+_INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor)
+_FROM_VALUES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operator that ran in a model.
+
+    Attributes
+    ----------
+    operator
+        For example ``aten.cumsum``.
+    module
+        Qualified name of the innermost child it ran in; empty for the model's own forward.
+    shape
+        Shape of its first tensor argument, or ``None`` without one.
+    backward
+        Whether it computed a gradient.
+    by_value
+        Whether what follows depends on the values of its arguments: the shape of its result, or a branch.
+    """
+
+    operator: str
+    module: str
+    shape: tuple[int, ...] | None
+    backward: bool
+    by_value: bool
+
+    def __str__(self) -> str:
+        """For example ``aten.cumsum of shape [8, 4] in module 'layer1.0'``."""
+        of = "" if self.shape is None else f" of shape {list(self.shape)}"
+        where = f"module '{self.module}'" if self.module else "the model's own forward"
+        return f"{self.operator}{of} in {where}" + (", computing its gradient" if self.backward else "")
+
+
+def check_values(module: nn.Module, example: Tensor) -> None:
+    """Run a model once and refuse complex tensors, and shapes and branches that depend on what a tensor holds.
+
+    Parameters
+    ----------
+    module
+        Any model; it runs in evaluation mode and is not changed. What it raises itself is left to the tracing.
+    example
+        One batch of its input.
+
+    Raises
+    ------
+    UsageError
+        Naming the parameter, or the operator with its shape and the module it is in.
+    """
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_complex():
+            raise UsageError(
+                f"tensor {name!r} of model {type(module).__name__} is {_name(tensor.dtype)}: complex numbers cannot be "
+                "trained; hold real and imaginary parts as float32 tensors of their own"
+            )
+    recorder = _Recorder(_refuse)
+    try:
+        with torch.no_grad(), mode(module, training=False), recorder.watching(module), recorder:
+            module(example)
+    except UsageError:
+        raise
+    except Exception:  # running the model raises whatever its operators raise; tracing it reports that
+        return
+
+
+def check_dtypes(module: nn.Module) -> None:
+    """Check that all that a stage trains on is float32, as devices hold it.
+
+    Raises
+    ------
+    UsageError
+        Naming the parameter or buffer of another floating-point or complex dtype.
+    """
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.dtype != torch.float32 and (tensor.is_floating_point() or tensor.is_complex()):
+            raise UsageError(
+                f"tensor {name!r} is {_name(tensor.dtype)}: devices train float32; convert the model"
+            )
+
+
+def explain(error: Exception, module: nn.Module, x: Tensor) -> str:
+    """Put what compiling a stage raised into one line, with the operator, its shape and its module where it has one.
+
+    Parameters
+    ----------
+    error
+        What PyTorch or ExecuTorch raised.
+    module
+        The stage's model, which maps ``x`` to logits; it is not changed.
+    x
+        A batch of its input.
+    """
+    if "bernoulli" in str(error):
+        return f"{first_line(error)}; dropout cannot be trained yet, leave it out"
+    uses = _uses(copy.deepcopy(module), x)
+    if isinstance(error, UnsupportedOperators):
+        # Those that the lowering made itself are not in the model.
+        found = [[use for use in uses if use.operator.removesuffix("_") == each] for each in error.operators]
+        named = next((_listed(each) for each in found if each), ", ".join(error.operators))
+        return f"{named}: {error.reason}; use another layer there"
+    suspects = [use for use in uses if use.by_value] or [
+        use for use in uses if not _may_be_lowered(use.operator)
+    ]
+    return f"{_listed(suspects)}: {first_line(error)}" if suspects else first_line(error)
+
+
+def _uses(module: nn.Module, x: Tensor) -> list[Use]:
+    """Every operator of a pass forward and backward, or of as much of it as runs."""
+    uses: list[Use] = []
+
+    def hear(use: Use, result: Any) -> None:
+        # The stage's own names are stripped: what is left is the model's.
+        prefix = next((each for each in STAGE_PREFIXES if use.module.startswith(each)), "")
+        uses.append(replace(use, module=use.module.removeprefix(prefix)))
+
+    recorder = _Recorder(hear)
+    trained = [each for each in module.parameters() if each.requires_grad]
+    with contextlib.suppress(Exception), recorder.watching(module), recorder, torch.enable_grad():
+        torch.autograd.grad(module.train()(x).sum(), trained, allow_unused=True)
+    return uses
+
+
+def _listed(uses: Sequence[Use]) -> str:
+    """The first use, and the other modules with the same operator."""
+    others = [use.module for use in uses if use.module != uses[0].module]
+    named = ", ".join(f"'{name}'" for name in list(dict.fromkeys(others))[:MODULES_NAMED])
+    return f"{uses[0]}{f' (or in {named})' if named else ''}"
+
+
+def _may_be_lowered(operator: str) -> bool:
+    """Tell whether an operator has a kernel, a copying variant with one, or a decomposition into others."""
+    name = operator.partition(".")[2].removesuffix("_")
+    known = {each.partition("::")[2].partition(".")[0] for each in kernel_names()}
+    decomposed = {each._schema.name.partition("::")[2] for each in core_aten_decompositions()}
+    return bool({name, f"{name}_copy"} & (known | decomposed))
+
+
+Heard = Callable[[Use, Any], None]
+"""Told of each operator's use and its result."""
+
+
+@dataclass
+class _Scope:
+    """Where the forward pass is, and in which module each of autograd's nodes was made."""
+
+    stack: list[str] = field(default_factory=list)
+    made_in: dict[int, str] = field(default_factory=dict)
+
+
+class _Recorder(TorchDispatchMode):
+    """Tells of every ATen operator that runs, and of the module it runs in.
+
+    A module's operators run between its hooks. A gradient's operator belongs to the autograd node being run, which
+    carries the number it got in the forward pass.
+    """
+
+    def __init__(self, heard: Heard) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._heard = heard
+        self._scope = _Scope()
+
+    @contextlib.contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Follow which child of a module is running."""
+        scope = self._scope
+        handles = []
+        for name, child in module.named_modules():
+            handles.append(child.register_forward_pre_hook(lambda *_, name=name: scope.stack.append(name)))
+            # Also after an error, which the caller may survive.
+            handles.append(child.register_forward_hook(lambda *_: _leave(scope), always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        node = torch._C._current_autograd_node()
+        if node is None:
+            module = self._scope.stack[-1] if self._scope.stack else ""
+            # The node of this operator took the last number; an operator without a node must not claim that.
+            self._scope.made_in.setdefault(torch.autograd._get_sequence_nr() - 1, module)
+        else:
+            module = self._scope.made_in.get(node._sequence_nr(), "")
+        first = next((each for each in pytree.tree_leaves(args) if isinstance(each, Tensor)), None)
+        shape = None if first is None else tuple(first.shape)
+        name = str(func._schema.name).replace("::", ".")
+        name = "Tensor.item" if func is aten._local_scalar_dense.default else name
+        self._heard(Use(name, module, shape, node is not None, _by_value(func, args)), result)
+        return result
+
+
+def _leave(scope: _Scope) -> None:
+    if scope.stack:
+        scope.stack.pop()
+
+
+def _refuse(use: Use, result: Any) -> None:
+    tensors = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
+    numbers = next((each.dtype for each in tensors if each.is_complex()), None)
+    if numbers is not None:
+        raise UsageError(
+            f"{use} returns {_name(numbers)}: complex numbers cannot be trained; compute with real and imaginary parts"
+        )
+    if use.by_value:
+        raise UsageError(
+            f"{use} makes what follows depend on the values of a tensor: a compiled step has fixed shapes and no "
+            "branches; use operators such as torch.where, which keep the shape"
+        )
+
+
+def _by_value(function: Any, arguments: Sequence[Any]) -> bool:
+    if function in _INDEXING:
+        masks = (torch.bool, torch.uint8)
+        return any(each is not None and each.dtype in masks for each in arguments[1])
+    return any(tag in function.tags for tag in _FROM_VALUES)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

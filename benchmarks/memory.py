@@ -88,9 +88,15 @@ def whole_model_growth(model: str, batch: int) -> int:
     return peak_growth(train) + weights
 
 
-def stage_growth(folder: str, manifest: StageManifest, weights: dict[str, Any]) -> int:
-    """How much a process grows that trains a stage as a device does."""
-    store = BlobStore(Path(folder))
+def stage_growth(folder: str, *trained: tuple[StageManifest, dict[str, Any]]) -> int:
+    """How much a process grows that trains stages as a device does, for the last one.
+
+    Those before load what any training loads, the runtime's own code among it.
+    """
+    return [_growth(BlobStore(Path(folder)), manifest, weights) for manifest, weights in trained][-1]
+
+
+def _growth(store: BlobStore, manifest: StageManifest, weights: dict[str, Any]) -> int:
     runtime = open_runtime(manifest.engine)
     spec = manifest.training.inputs[[each.name for each in manifest.training.inputs].index("x")]
 
@@ -113,6 +119,18 @@ def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
         return pool.submit(function, *arguments).result()
 
 
+def weights(stage: Stage) -> dict[str, Any]:
+    """The stage's values as a device receives them."""
+    return arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
+
+
+def small_stage() -> tuple[Stage, CompiledStage]:
+    """A stage that takes next to no memory."""
+    spec = build_model("small_cnn", {"width": 8}, None, None)
+    stage = build_stage(cut(spec.module, 2, spec.example(2)), 0, 0)
+    return stage, StageVariants(stage, ExportOptions(4, spec.classes, OPTIMIZER)).compiled()
+
+
 def smallest(stage: Stage, options: ExportOptions, variants: StageVariants) -> CompiledStage:
     """The variant that takes least."""
     choice = min(
@@ -121,18 +139,18 @@ def smallest(stage: Stage, options: ExportOptions, variants: StageVariants) -> C
     return variants.compiled(choice)
 
 
-def measure(stage: Stage, options: ExportOptions) -> dict[str, Any]:
+def measure(stage: Stage, options: ExportOptions, warm_up: tuple[Stage, CompiledStage]) -> dict[str, Any]:
     """One stage's row."""
     variants = StageVariants(stage, options)
     whole, small = variants.compiled(WHOLE), smallest(stage, options, variants)
-    weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
     row: dict[str, Any] = {"stage": stage.index + 1, "name": stage.name, "variant": small.manifest.variant}
     for key, compiled in (("whole", whole), ("small", small)):
         with tempfile.TemporaryDirectory() as folder:
             store = BlobStore(Path(folder))
-            for content in compiled.files.values():
+            for content in [*compiled.files.values(), *warm_up[1].files.values()]:
                 store.put(content)
-            growth = in_fresh_process(stage_growth, folder, compiled.manifest, weights)
+            trained = [(c.manifest, weights(s)) for s, c in (warm_up, (stage, compiled))]
+            growth = in_fresh_process(stage_growth, folder, *trained)
         row |= {f"{key}_planned_bytes": compiled.manifest.planned.total, f"{key}_measured_bytes": growth}
     return row
 
@@ -151,7 +169,8 @@ def main(
     eager = whole_model(model, batch)
     total = sum(eager.values())
     console = Console(stderr=True)
-    rows = [measure(stage, options) for stage in track(stages, model, console=console)]
+    warm_up = small_stage()
+    rows = [measure(stage, options, warm_up) for stage in track(stages, model, console=console)]
     planned = [row["small_planned_bytes"] for row in rows]
     result = {
         "model": model,

@@ -16,8 +16,8 @@ from frostline.protocol.tensors import Array
 class TrainingSession(Protocol):
     """A stage loaded for training; its state lives in memory the session owns."""
 
-    def load(self, tensors: Mapping[str, Array]) -> None:
-        """Set parameters and statistics by name and reset the optimizer's state."""
+    def load(self, tensors: Mapping[str, Array], seed: int = 0) -> None:
+        """Set parameters and statistics by name and reset the optimizer's state; dropout starts from `seed`."""
 
     def step(self, parts: Iterable[tuple[Array, Array]], learning_rate: float) -> tuple[float, int]:
         """Train on one batch: its mean loss, and how many were right before the step.

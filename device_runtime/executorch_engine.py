@@ -12,7 +12,7 @@ import numpy as np
 from frostline.device_runtime.standard_error import quiet_standard_error
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import RunError
-from frostline.protocol.manifest import Program, StageManifest, TensorSpec
+from frostline.protocol.manifest import SEEDS, Program, StageManifest, TensorSpec
 from frostline.protocol.tensors import Array
 
 # On contended cores the runtime's own thread pool makes it 40 to 80 times slower; one thread per worker is the rule.
@@ -68,9 +68,11 @@ class ExecuTorchTrainingSession:
         self._optimizer_state = _zeros(manifest.optimizer_state)
         self._received = _zeros(manifest.received)
         self._held = {**self._trained, **self._optimizer_state, **self._received}
+        self._seed = 0
 
-    def load(self, tensors: Mapping[str, Array]) -> None:
-        """Set parameters and statistics by name and reset the optimizer's state."""
+    def load(self, tensors: Mapping[str, Array], seed: int = 0) -> None:
+        """Set parameters and statistics by name and reset the optimizer's state; dropout starts from `seed`."""
+        self._seed = seed
         for name, tensor in self._trained.items():
             tensor.copy_(torch.from_numpy(np.array(tensors[name])))
         for name, tensor in self._received.items():
@@ -88,8 +90,12 @@ class ExecuTorchTrainingSession:
         correct = 0
         for x, y in parts:
             first = torch.tensor(float(not losses))
+            seed = torch.tensor(float(self._seed % SEEDS))
+            self._seed += 1
             batch = {"x": torch.from_numpy(x), "y": torch.from_numpy(y)}
-            loss, right = self._run("training", {**batch, "learning_rate": rate, "first": first})
+            loss, right = self._run(
+                "training", {**batch, "learning_rate": rate, "first": first, "seed": seed}
+            )
             losses.append(float(loss))
             correct += int(right)
         if update:

@@ -69,7 +69,7 @@ def train(task: TrainingTask) -> TrainingMetrics:
     features = cache.features(samples.x, samples.fingerprint(), manifest, runtime, store)
     received = decode_tensors(store.read(task.weights), manifest.trained, "received weights")
     session = runtime.open_stage(manifest, store)
-    session.load(received)
+    session.load(received, task.seed)
 
     held_out = np.arange(len(samples)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     held_out &= task.evaluate

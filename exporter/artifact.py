@@ -165,7 +165,7 @@ class StageTensors:
     @property
     def by_name(self) -> dict[str, Tensor]:
         """Every input a program may name."""
-        scalars = {"learning_rate": torch.tensor(0.1), "first": torch.tensor(1.0)}
+        scalars = {"learning_rate": torch.tensor(0.1), "first": torch.tensor(1.0), "seed": torch.tensor(0.0)}
         return {**self.state.by_name, "x": self.x, "y": self.y, **scalars}
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.executorch_lowering import quiet, run_program
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
@@ -28,10 +29,10 @@ STEPS = 2
 LEARNING_RATE = 0.05
 LOSS_TOLERANCE = 1e-3
 """Largest error let through of a loss, relative to itself."""
-TENSOR_TOLERANCE = 1e-2
+TENSOR_TOLERANCE = 5e-3
 """Largest error let through of a tensor, relative to how far it moved.
 
-float32 differs from float64 by about 1e-5, and by up to 1e-3 where rounding carries an activation across ReLU's kink; a
+float32 differs from float64 by about 1e-5, and by up to 2e-3 where rounding carries an activation across ReLU's kink; a
 wrong kernel or a wrong rewrite by about 1.
 """
 VANISHING = 1e-6
@@ -101,13 +102,14 @@ def _run(
 ) -> tuple[list[float], dict[str, Tensor]]:
     held = {name: tensor.clone() for name, tensor in tensors.state.by_name.items()}
     held["learning_rate"] = torch.tensor(LEARNING_RATE)
-    losses = []
+    losses: list[float] = []
     with quiet():
         run_training = _loaded(training)
         run_update = _loaded(update) if update else None
         for parts in batches:
             for index, (x, y) in enumerate(parts):
-                held |= {"x": x, "y": y, "first": torch.tensor(float(index == 0))}
+                first, seed = torch.tensor(float(index == 0)), torch.tensor(float(len(losses)))
+                held |= {"x": x, "y": y, "first": first, "seed": seed}
                 losses.append(float(run_training(held)[0]))
             if run_update is not None:
                 run_update(held)
@@ -131,6 +133,8 @@ def train_eagerly(
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
     """What PyTorch makes of the same batches in float64, by its own optimizers rather than ours.
 
+    The seeds of dropout are 0, 1, 2 ... in the order of the micro-batches.
+
     Parameters
     ----------
     batches : sequence of sequence of (x, y)
@@ -153,7 +157,8 @@ def train_eagerly(
     for parts in batches:
         optimizer.zero_grad()
         for x, y in parts:
-            loss = F.cross_entropy(model(x.double() if x.is_floating_point() else x), y)
+            with SeededDropout(torch.tensor(float(len(losses)))):
+                loss = F.cross_entropy(model(x.double() if x.is_floating_point() else x), y)
             (loss / len(parts)).backward()
             losses.append(loss.item())
         for (name, parameter), value in zip(trained.items(), received, strict=True):

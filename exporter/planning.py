@@ -155,6 +155,11 @@ class BudgetPlanner:
     def _try(self, parts: CutModel) -> FittedModel | _Misfit:
         stages = self._stages(parts)
         for stage in stages:
+            # Adding up the state takes no time; most cuts that cannot fit fail here.
+            state = planned_memory(StageTensors.of(stage, self._options, WHOLE), arena=0, program=0)
+            if state.total - state.batch > self._budget:
+                return _Misfit(parts, stage, state)
+        for stage in stages:
             self._notify(f"trying {_blocks(len(stages))}: {stage.name}")
             smallest = self._smallest(stage, self._options)
             if smallest.total > self._budget:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from frostline.exporter.cutting import cut
+from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.inputs import zero_inputs
 from frostline.exporter.stage import Stage
 from frostline.protocol.errors import UsageError
@@ -28,9 +29,10 @@ class RecomputingForward:
         self._output_module = stage.model.output_module
         self._segments = _segments(stage)
 
-    def __call__(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def __call__(self, tensors: Mapping[str, Tensor], x: Tensor, dropout: SeededDropout) -> Tensor:
         """Features (N, *input_shape) to logits (N, classes), with `tensors` in place of the model's own."""
-        *others, last, rest = (_Segment(part, _of(tensors, "block.", part)) for part in self._segments)
+        parts = self._segments
+        *others, last, rest = (_Segment(part, _of(tensors, "block.", part), dropout) for part in parts)
         for segment in others:
             x = checkpoint(segment, x, use_reentrant=False, preserve_rng_state=False)
         # The backward pass begins with the last one, before there is anything to be gained from forgetting it.
@@ -40,18 +42,25 @@ class RecomputingForward:
 
 
 class _Segment:
-    """Part of a block over given tensors."""
+    """Part of a block over given tensors; run again, it drops the same values."""
 
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], dropout: SeededDropout) -> None:
         self._module = module
         self._tensors = dict(tensors)
-        self._has_run = False
+        self._dropout = dropout
+        self._draws: int | None = None
+        """How many draws there had been before its first run, if that has been."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        with _without_statistics(self._module) if self._has_run else contextlib.nullcontext():
-            self._has_run = True
-            features: Tensor = functional_call(self._module, self._tensors, (x,))
-            return features
+        if self._draws is None:
+            self._draws = self._dropout.draws
+            return self._features(x)
+        with _without_statistics(self._module), self._dropout.again(self._draws):
+            return self._features(x)
+
+    def _features(self, x: Tensor) -> Tensor:
+        features: Tensor = functional_call(self._module, self._tensors, (x,))
+        return features
 
 
 def _of(tensors: Mapping[str, Tensor], prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -124,12 +124,11 @@ def explain(error: Exception, module: nn.Module, x: Tensor) -> str:
     x
         A batch of its input.
     """
-    if "bernoulli" in str(error):
-        return f"{first_line(error)}; dropout cannot be trained yet, leave it out"
     uses = _uses(copy.deepcopy(module), x)
     if isinstance(error, UnsupportedOperators):
         # Those that the lowering made itself are not in the model.
-        found = [[use for use in uses if use.operator.removesuffix("_") == each] for each in error.operators]
+        names = [each.removesuffix("_functional") for each in error.operators]
+        found = [[use for use in uses if use.operator.removesuffix("_") == each] for each in names]
         named = next((_listed(each) for each in found if each), ", ".join(error.operators))
         return f"{named}: {error.reason}; use another layer there"
     suspects = [use for use in uses if use.by_value] or [

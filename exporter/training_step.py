@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.optimizer import Optimizer
 from frostline.exporter.recomputation import RecomputingForward
 from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
@@ -22,8 +23,8 @@ from frostline.exporter.variant import WHOLE, Variant
 Rewrite = Callable[[fx.GraphModule, Sequence[Tensor]], fx.GraphModule]
 """Turns a traced graph into one its runtime executes well, given the graph's arguments."""
 
-Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-"""Tensors by the names of the stage's model and features (N, *input_shape), to logits (N, classes)."""
+Forward = Callable[[Mapping[str, Tensor], Tensor, SeededDropout], Tensor]
+"""Tensors by the names of the stage's model and features (N, *input_shape), to logits (N, classes), within the dropout."""
 
 Results = tuple[Mapping[str, Tensor], list[Tensor]]
 """New values of arguments by name, and what is returned."""
@@ -102,11 +103,12 @@ def trace_training_step(
     rewrite: Rewrite,
     variant: Variant = WHOLE,
 ) -> TracedProgram:
-    """Trace a step in one piece: `(state..., x, y, learning_rate) -> (loss, correct)`, the state written in place.
+    """Trace a step in one piece: `(state..., x, y, learning_rate, seed) -> (loss, correct)`, the state written in place.
 
     `x` is (N, *input_shape), `y` (N,) int64, `learning_rate` and `loss` scalars float32, `correct` a scalar int64: how
-    many of the batch the stage classified right before the step. The loss is the mean cross-entropy of its logits. The
-    shapes of `x` and `y` are fixed in the graph, and `rewrite` is applied to it.
+    many of the batch the stage classified right before the step. The loss is the mean cross-entropy of its logits. What
+    dropout keeps depends on `seed`, a scalar float32 of a whole number below 2**24; a graph without dropout does not take
+    it. The shapes of `x` and `y` are fixed in the graph, and `rewrite` is applied to it.
     """
     forward = _forward(stage, variant)
     names = _in_tiles(stage, state.parameters)
@@ -136,7 +138,8 @@ def trace_training_step(
         return {**new, **statistics}, results
 
     inputs = _in_tiles(stage, state.by_name)
-    return _trace(step, {**inputs, "x": x, "y": y, "learning_rate": torch.tensor(0.1)}, rewrite)
+    scalars = {"learning_rate": torch.tensor(0.1), "seed": torch.tensor(0.0)}
+    return _trace(step, {**inputs, "x": x, "y": y, **scalars}, rewrite)
 
 
 def trace_accumulation(
@@ -148,10 +151,11 @@ def trace_accumulation(
     rewrite: Rewrite,
     variant: Variant,
 ) -> TracedProgram:
-    """Trace one micro-batch of a step: `(state..., x, y, first) -> (loss, correct)`.
+    """Trace one micro-batch of a step: `(state..., x, y, first, seed) -> (loss, correct)`.
 
     Its share of the gradients is added to the optimizer's state; `first`, a scalar float32, is 1 for the first
-    micro-batch of a step and 0 for the others. `x` and `y` hold the micro-batch, `loss` is its mean.
+    micro-batch of a step and 0 for the others. `x` and `y` hold the micro-batch, `loss` is its mean. Each micro-batch has
+    a `seed` of its own.
     """
     forward, share = _forward(stage, variant), 1 / variant.micro_batches
 
@@ -168,7 +172,8 @@ def trace_accumulation(
         return {**new, **statistics}, results
 
     inputs = _in_tiles(stage, state.by_name)
-    return _trace(accumulate, {**inputs, "x": x, "y": y, "first": torch.tensor(1.0)}, rewrite)
+    scalars = {"first": torch.tensor(1.0), "seed": torch.tensor(0.0)}
+    return _trace(accumulate, {**inputs, "x": x, "y": y, **scalars}, rewrite)
 
 
 def trace_update(stage: Stage, optimizer: Optimizer, state: StageState, rewrite: Rewrite) -> TracedProgram:
@@ -218,14 +223,16 @@ def _backward(
     mutated = {n: value.clone() for n, value in _fixed_buffers(stage).items()}
     mutated |= {name: tensors[name].clone() for name in state.statistics}
     leaves = {n: tensors[n].detach().requires_grad_() for n in _in_tiles(stage, state.parameters)}
-    with torch.enable_grad():
-        logits = forward({**_of_model(stage, state, leaves), **mutated}, tensors["x"])
-        loss = F.cross_entropy(logits, tensors["y"])
-    for name, leaf in leaves.items():
-        leaf.register_hook(partial(on_gradient, name))
-    # Plain autograd, not torch.func.grad: that asks for gradients that can be differentiated again, and gets norms
-    # taken apart into dozens of operators in place of their backward operators.
-    torch.autograd.grad(loss, list(leaves.values()), torch.full_like(loss, share))
+    # The backward pass too: what is computed again drops the same values again.
+    with SeededDropout(tensors["seed"]) as dropout:
+        with torch.enable_grad():
+            logits = forward({**_of_model(stage, state, leaves), **mutated}, tensors["x"], dropout)
+            loss = F.cross_entropy(logits, tensors["y"])
+        for name, leaf in leaves.items():
+            leaf.register_hook(partial(on_gradient, name))
+        # Plain autograd, not torch.func.grad: that asks for gradients that can be differentiated again, and gets norms
+        # taken apart into dozens of operators in place of their backward operators.
+        torch.autograd.grad(loss, list(leaves.values()), torch.full_like(loss, share))
     correct = (logits.argmax(1) == tensors["y"]).sum()
     return {name: mutated[name] for name in state.statistics}, [loss.detach(), correct]
 
@@ -258,7 +265,7 @@ def _forward(stage: Stage, variant: Variant) -> Forward:
     stage.model.train()
     if variant.recompute:
         return RecomputingForward(stage)
-    return lambda tensors, x: functional_call(stage.model, dict(tensors), (x,))
+    return lambda tensors, x, dropout: functional_call(stage.model, dict(tensors), (x,))
 
 
 def _fixed_buffers(stage: Stage) -> dict[str, Tensor]:

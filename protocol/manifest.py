@@ -17,11 +17,13 @@ MANIFEST_BYTES_LIMIT = 2**20
 DType = Literal["float32", "int64"]
 Dimension = Annotated[int, Field(ge=0, le=2**31)]
 STEP_INPUTS: dict[str, frozenset[str]] = {
-    "training": frozenset({"x", "y", "learning_rate", "first"}),
+    "training": frozenset({"x", "y", "learning_rate", "first", "seed"}),
     "update": frozenset({"learning_rate"}),
     "evaluation": frozenset({"x"}),
 }
 """What each program may take that changes with every call."""
+SEEDS = 2**24
+"""How many values the input `seed` may have: the whole numbers that float32 holds exactly."""
 _ITEM_BYTES = {"float32": 4, "int64": 8}
 
 
@@ -56,8 +58,9 @@ class TensorSpec(_Document):
 class Program(_Document):
     """A compiled method: `inputs` in call order, `outputs` as returned; inputs it writes are not returned.
 
-    The inputs are the stage's own tensors by their names, and those of a step: `x`, `y`, `learning_rate`, and `first`,
-    which is 1 for the first micro-batch of a step and 0 for the others.
+    The inputs are the stage's own tensors by their names, and those of a step: `x`, `y`, `learning_rate`, `first`, which is
+    1 for the first micro-batch of a step and 0 for the others, and `seed`, which tells dropout what to keep: a whole
+    number below `SEEDS`, another one at each call.
     """
 
     file: BlobReference

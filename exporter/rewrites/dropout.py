@@ -1,4 +1,4 @@
-"""Dropout masks as a function of a seed: the same in PyTorch and in the runtime, drawn nowhere.
+"""Which values dropout keeps, as a function of a seed: the same in PyTorch and in the runtime, drawn nowhere.
 
 Every value is a whole number below 2**24, so float32 arithmetic is exact whoever does it. Rows and columns get numbers
 modulo a prime from rounds of adding a key and cubing, the construction of the MiMC cipher (Albrecht et al., ASIACRYPT
@@ -26,32 +26,31 @@ _WIDEST = 4096
 _ROUND_KEYS = (1187, -1523, 421, 1999, -733)
 
 
-def dropout_mask(shape: Sequence[int], probability: float, seed: Tensor, layer: int) -> Tensor:
-    """The factors of dropout: 0 with `probability`, else 1 / (1 - probability), float32 of `shape`.
+def bernoulli(shape: Sequence[int], probability: float, seed: Tensor, layer: int) -> Tensor:
+    """1 with `probability`, else 0, float32 of `shape`.
 
     Parameters
     ----------
     shape : sequence of int
-        Of the values that the mask multiplies.
+        Of the tensor of zeros and ones.
     probability : float
-        Of dropping a value, rounded to 1 / 4091; the mean of the mask is 1 nevertheless.
+        Of a one, rounded to 1 / 4091.
     seed : Tensor
         A whole number from 0 to 2**24 - 1, a scalar float32 or int64; another one for each step.
     layer : int
-        Tells the masks of one step apart, below 4091.
+        Tells the draws of one step apart, below 4091.
     """
-    dropped = round(probability * PRIME)
-    if dropped in (0, PRIME):
-        return torch.full(list(shape), float(dropped == 0))
+    ones = round(probability * PRIME)
+    if ones in (0, PRIME):
+        return torch.full(list(shape), float(ones == PRIME))
     columns = _columns(shape)
     rows = math.prod(shape) // columns
     numbers = _numbers(2 * (rows + columns), seed.to(torch.float32), layer)
     row, slope, column, offset = torch.split(numbers, [rows, rows, columns, columns])
     place = row.reshape(-1, 1) + column
     drawn = _modulo((_modulo(place * place) + slope.reshape(-1, 1)) * place + offset)
-    # Whole numbers around zero: the lowest `dropped` of them are clipped to 0, the others to 1.
-    kept = torch.nn.functional.hardtanh(drawn + (PRIME // 2 + 1 - dropped), 0.0, 1.0)
-    return (kept * (PRIME / (PRIME - dropped))).reshape(list(shape))
+    # Whole numbers around zero: the highest `ones` of them are clipped to 1, the others to 0.
+    return torch.nn.functional.hardtanh(drawn + (ones - PRIME // 2), 0.0, 1.0).reshape(list(shape))
 
 
 def _columns(shape: Sequence[int]) -> int:

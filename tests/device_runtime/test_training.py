@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,6 +140,22 @@ def test_the_update_depends_on_the_seed_alone(artifact: Path, tmp_path: Path) ->
         train(replace(device.task, seed=seed))
         contents.append(device.task.update_path.read_bytes())
     assert contents[0] == contents[1] != contents[2]
+
+
+def test_dropout_starts_from_the_seed_of_the_lease(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from frostline.device_runtime.executorch_engine import ExecuTorchTrainingSession
+
+    device, load, seeds = prepare(artifact, tmp_path, make_samples(4)), ExecuTorchTrainingSession.load, []
+
+    def seen(session: ExecuTorchTrainingSession, tensors: Mapping[str, Array], seed: int = 0) -> None:
+        seeds.append(seed)
+        load(session, tensors, seed)
+
+    monkeypatch.setattr(ExecuTorchTrainingSession, "load", seen)
+    train(replace(device.task, epochs=1, seed=7))
+    assert seeds == [7]
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(9, 0), (10, 1), (47, 4)])

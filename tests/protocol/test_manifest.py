@@ -77,7 +77,7 @@ def manifests(draw: st.DrawFn) -> StageManifest:
         inputs = draw(st.lists(st.sampled_from(held), max_size=3)) if held else []
         return draw(PROGRAMS).model_copy(update={"inputs": [*inputs, *step]})
 
-    rate, first = (TensorSpec(name=name, shape=()) for name in ("learning_rate", "first"))
+    rate, first, seed = (TensorSpec(name=name, shape=()) for name in ("learning_rate", "first", "seed"))
     return StageManifest(
         stage=draw(COUNTS),
         stages=draw(st.integers(1, 10_000)),
@@ -91,7 +91,7 @@ def manifests(draw: st.DrawFn) -> StageManifest:
         statistics=statistics,
         optimizer_state=optimizer_state,
         received=received,
-        training=program(x, y, first if micro_batches > 1 else rate),
+        training=program(x, y, first if micro_batches > 1 else rate, seed),
         update=program(rate) if micro_batches > 1 else None,
         evaluation=program(x),
         prefix=draw(st.lists(PROGRAMS, max_size=2)),
@@ -311,9 +311,11 @@ def test_a_manifest_in_micro_batches_is_accepted() -> None:
         ("update", "x"),
         ("update", "y"),
         ("update", "first"),
+        ("update", "seed"),
         ("evaluation", "y"),
         ("evaluation", "learning_rate"),
         ("evaluation", "first"),
+        ("evaluation", "seed"),
     ],
 )
 def test_an_input_the_stage_does_not_have_is_refused(program: str, name: str) -> None:

@@ -1,0 +1,65 @@
+"""Planned memory is what a device is admitted by; here it is held against what the system counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from frostline.device_runtime.resident_memory import peak_growth
+from frostline.exporter.artifact import ExportOptions, arrays, compile_stage
+from frostline.exporter.cutting import cut
+from frostline.exporter.models.lookup import build_model
+from frostline.exporter.optimizer import SGD
+from frostline.exporter.stage import build_stage, statistics_tensors, trainable_tensors
+from frostline.exporter.variant import WHOLE, Variant
+from frostline.protocol.artifact import write_artifact
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+LARGE = 32_000_000
+SHARE, FLOOR = 0.05, 8_000_000
+"""By how much the growth may exceed the plan: a share of it, and what a process needs besides."""
+
+
+def test_growth_is_the_highest_not_the_last() -> None:
+    def work() -> None:
+        np.ones(60_000_000, np.uint8).sum()
+
+    assert 60_000_000 <= peak_growth(work) < 90_000_000
+    assert peak_growth(lambda: None) < 10_000_000
+
+
+def write_stage(folder: Path, model: str, index: int, batch: int, variant: Variant) -> int:
+    """Compile a stage; returns its planned bytes."""
+    spec = build_model(model, {}, None, 10)
+    assert spec.default_blocks is not None
+    parts = cut(spec.module, list(spec.default_blocks), spec.example(2))
+    stage = build_stage(parts, index, 0)
+    compiled = compile_stage(stage, ExportOptions(batch, 10, SGD(momentum=0.9)), variant=variant)
+    weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
+    write_artifact(folder, compiled.manifest, compiled.files, weights)
+    return compiled.manifest.planned.total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("index", "batch", "variant"),
+    [(0, 16, WHOLE), (3, 16, Variant(2))],
+    ids=["mostly activations", "mostly state, in micro-batches"],
+)
+def test_a_process_grows_by_the_planned_bytes(
+    tmp_path: Path, index: int, batch: int, variant: Variant
+) -> None:
+    write_stage(tmp_path / "small", "small_cnn", 0, 4, WHOLE)
+    planned = write_stage(tmp_path / "large", "resnet10", index, batch, variant)
+    assert planned > LARGE
+    program = Path(__file__).with_name("train_stage.py")
+    command = [sys.executable, str(program), str(tmp_path / "small"), str(tmp_path / "large")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    growth = int(finished.stdout)
+    assert 0.7 * planned < growth <= (1 + SHARE) * planned + FLOOR

@@ -1,0 +1,43 @@
+"""Trains artifacts as a device does and prints by how many bytes the process grew for the last one.
+
+Run as a program, in a process of its own: `python train_stage.py ARTIFACT ...`. The artifacts before the last one load
+what any training loads, the runtime's own code among it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from frostline.device_runtime.engine import open_runtime
+from frostline.device_runtime.resident_memory import peak_growth
+from frostline.protocol.artifact import read_artifact
+from frostline.protocol.tensors import Array, decode_tensors
+
+STEPS = 3
+
+
+def growth(folder: Path) -> int:
+    manifest, store = read_artifact(folder)
+    runtime = open_runtime(manifest.engine)
+    weights = decode_tensors((folder / "weights.safetensors").read_bytes(), manifest.trained, "weights")
+    x = next(spec for spec in manifest.training.inputs if spec.name == "x")
+
+    def train() -> None:
+        session = runtime.open_stage(manifest, store)
+        session.load(weights)
+        for _ in range(STEPS):
+            session.step(batch(), 1e-4)
+
+    def batch() -> Iterator[tuple[Array, Array]]:
+        for _ in range(manifest.micro_batches):
+            yield np.zeros(x.shape, x.dtype), np.zeros(x.shape[0], np.int64)
+
+    return peak_growth(train)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(str([growth(Path(folder)) for folder in sys.argv[1:]][-1]))

@@ -23,8 +23,10 @@ $(VENV)/.installed: pyproject.toml
 demo: venv
 	$(BIN)/frostline emulate --config examples/quickstart.toml
 
+# The exporter's tests compute and nothing else, so two at a time; the others run servers and brokers against the clock.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile tests/exporter
+	$(BIN)/pytest --ignore=tests/exporter
 
 bench: venv
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -23,10 +23,12 @@ $(VENV)/.installed: pyproject.toml
 demo: venv
 	$(BIN)/frostline emulate --config examples/quickstart.toml
 
-# The exporter's tests compute and nothing else, so two at a time; the others run servers and brokers against the clock.
+# Tests that compute and nothing else, so two files at a time; the others run servers and brokers against the clock.
+PARALLEL := tests/exporter tests/end_to_end/test_bad_input.py
+
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile tests/exporter
-	$(BIN)/pytest --ignore=tests/exporter
+	$(BIN)/pytest -n 2 --dist loadfile $(PARALLEL)
+	$(BIN)/pytest $(addprefix --ignore=,$(PARALLEL))
 
 bench: venv
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.device_runtime.executorch_engine import ExecuTorchProgram
 from frostline.exporter.artifact import ExportOptions, compile_stage
@@ -33,7 +34,8 @@ from frostline.exporter.inputs import random_inputs
 from frostline.exporter.models.lookup import build_model
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.stage import Stage, build_stage
-from frostline.exporter.training_step import StageState, initial_state, trace_training_step
+from frostline.exporter.tiles import pick, tile_name
+from frostline.exporter.training_step import initial_state, trace_training_step
 
 with quiet():
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
@@ -52,7 +54,9 @@ def measure(model: str, stage: Stage, batch: int, classes: int, runs: int, stock
     compiled = compile_stage(stage, ExportOptions(batch, classes, OPTIMIZER))
     training = compiled.manifest.training
     program = LoweredProgram(compiled.files[training.file.sha256], training.arena_bytes)
-    ours = runner(program, state, x, y)
+    tensors = {**state.by_name, "x": x, "y": y, "learning_rate": torch.tensor(1e-4)}
+    taken = [each.name if each.tile is None else tile_name(each.name, each.tile) for each in training.inputs]
+    ours = runner(program, [pick(tensors, name).clone() for name in taken])
     eager = eager_runner(stage, x, y)
     pairs = [(seconds(ours), seconds(eager)) for _ in range(runs)]
     median = statistics.median(a for a, _ in pairs)
@@ -70,9 +74,9 @@ def measure(model: str, stage: Stage, batch: int, classes: int, runs: int, stock
         "program_bytes": len(program.content),
     }
     if stock:
-        step = trace_training_step(stage, OPTIMIZER, state, x, y, lambda graph, arguments: graph)
-        lowered = lower_as_documented(step, [*state.tensors, x, y, torch.tensor(0.1)])
-        row["stock_seconds"] = seconds(runner(lowered, state, x, y))
+        step = trace_training_step(stage, OPTIMIZER, state, x, y, without_rewrites)
+        lowered = lower_as_documented(step, step.arguments(tensors))
+        row["stock_seconds"] = seconds(runner(lowered, step.arguments(tensors)))
         row["stock_arena_bytes"] = lowered.arena_bytes
     return row
 
@@ -86,12 +90,26 @@ def lower_as_documented(module: torch.nn.Module, arguments: list[torch.Tensor]) 
     return LoweredProgram(bytes(program.buffer), sum(sizes))
 
 
-def runner(
-    program: LoweredProgram, state: StageState, x: torch.Tensor, y: torch.Tensor
-) -> Callable[[], object]:
-    """A step of a lowered program over tensors of its own; warmed up unless it is the slow one."""
+def without_rewrites(graph: torch.fx.GraphModule, arguments: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """The graph as traced, with kernels put together from their tiles."""
+    put_together = {
+        torch.ops.frostline.kernel.default: lambda tiles, size: torch.stack(list(tiles), -1).reshape(
+            *tiles[0].shape, *size
+        ),
+        torch.ops.frostline.kernel_tiles.default: lambda kernel: [
+            tile.clone() for tile in kernel.flatten(2).unbind(-1)
+        ],
+    }
+    traced = make_fx(
+        graph, decomposition_table=put_together, tracing_mode="fake", _allow_non_fake_inputs=True
+    )
+    plain: torch.fx.GraphModule = traced(*arguments)
+    return plain
+
+
+def runner(program: LoweredProgram, arguments: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """A step of a lowered program over tensors of its own."""
     loaded = ExecuTorchProgram(program.content, "training")
-    arguments = (*(t.clone() for t in state.tensors), x, y, torch.tensor(1e-4))
     return lambda: loaded.run(arguments)
 
 

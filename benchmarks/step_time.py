@@ -13,9 +13,11 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -24,13 +26,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.device_runtime.executorch_engine import ExecuTorchProgram
 from frostline.exporter.artifact import ExportOptions, compile_stage
 from frostline.exporter.cutting import cut
 from frostline.exporter.executorch_lowering import LoweredProgram, quiet
 from frostline.exporter.inputs import random_inputs
+from frostline.exporter.layout import Layout
 from frostline.exporter.models.lookup import build_model
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.stage import Stage, build_stage
@@ -74,9 +76,12 @@ def measure(model: str, stage: Stage, batch: int, classes: int, runs: int, stock
         "program_bytes": len(program.content),
     }
     if stock:
-        step = trace_training_step(stage, OPTIMIZER, state, x, y, without_rewrites)
-        lowered = lower_as_documented(step, step.arguments(tensors))
-        row["stock_seconds"] = seconds(runner(lowered, step.arguments(tensors)))
+        whole = in_one_piece(stage)
+        state = initial_state(whole, OPTIMIZER)
+        step = trace_training_step(whole, OPTIMIZER, state, x, y, lambda graph, arguments: graph)
+        arguments = step.arguments({**tensors, **state.by_name})
+        lowered = lower_as_documented(step, arguments)
+        row["stock_seconds"] = seconds(runner(lowered, arguments))
         row["stock_arena_bytes"] = lowered.arena_bytes
     return row
 
@@ -90,21 +95,11 @@ def lower_as_documented(module: torch.nn.Module, arguments: list[torch.Tensor]) 
     return LoweredProgram(bytes(program.buffer), sum(sizes))
 
 
-def without_rewrites(graph: torch.fx.GraphModule, arguments: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
-    """The graph as traced, with kernels put together from their tiles."""
-    put_together = {
-        torch.ops.frostline.kernel.default: lambda tiles, size: torch.stack(list(tiles), -1).reshape(
-            *tiles[0].shape, *size
-        ),
-        torch.ops.frostline.kernel_tiles.default: lambda kernel: [
-            tile.clone() for tile in kernel.flatten(2).unbind(-1)
-        ],
-    }
-    traced = make_fx(
-        graph, decomposition_table=put_together, tracing_mode="fake", _allow_non_fake_inputs=True
-    )
-    plain: torch.fx.GraphModule = traced(*arguments)
-    return plain
+def in_one_piece(stage: Stage) -> Stage:
+    """The stage with no kernel in tiles, which are an idea of ours."""
+    whole = replace(stage)
+    vars(whole)["layout"] = Layout.of(stage.model, tiled_bytes=math.inf)
+    return whole
 
 
 def runner(program: LoweredProgram, arguments: Sequence[torch.Tensor]) -> Callable[[], object]:

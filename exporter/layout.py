@@ -40,12 +40,13 @@ class Layout:
     tiled: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Layout:
-        """The layout of a stage's model."""
+    def of(cls, model: nn.Module, *, tiled_bytes: float | None = None) -> Layout:
+        """The layout of a stage's model, with kernels of `tiled_bytes` (by default `TILED_BYTES`) in tiles."""
+        least = TILED_BYTES if tiled_bytes is None else tiled_bytes
         convolutions = {
             f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, _ConvNd)
         }
-        tiled = frozenset(name for name, module in convolutions.items() if _is_tiled(module))
+        tiled = frozenset(name for name, module in convolutions.items() if _is_tiled(module, least))
         axes = {
             name: (*range(2, m.weight.dim()), 0, 1) if name in tiled else (0, *range(2, m.weight.dim()), 1)
             for name, m in convolutions.items()
@@ -73,7 +74,7 @@ class Layout:
         return tensor.permute([axes.index(axis) for axis in range(len(axes))])
 
 
-def _is_tiled(module: _ConvNd) -> bool:
+def _is_tiled(module: _ConvNd, least: float) -> bool:
     weight = module.weight
     _, channels, *kernel = weight.shape
     return (
@@ -81,5 +82,5 @@ def _is_tiled(module: _ConvNd) -> bool:
         and module.groups == 1
         and math.prod(kernel) > 1
         and channels >= TILED_CHANNELS
-        and weight.numel() * weight.element_size() >= TILED_BYTES
+        and weight.numel() * weight.element_size() >= least
     )

@@ -13,11 +13,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -30,9 +28,9 @@ from rich.table import Table
 from frostline.device_runtime.executorch_engine import ExecuTorchProgram
 from frostline.exporter.artifact import ExportOptions, compile_stage
 from frostline.exporter.cutting import cut
-from frostline.exporter.executorch_lowering import LoweredProgram, quiet
+from frostline.exporter.executorch_lowering import quiet
+from frostline.exporter.executorch_target import EXECUTORCH, ExecuTorchTarget
 from frostline.exporter.inputs import random_inputs
-from frostline.exporter.layout import Layout
 from frostline.exporter.models.lookup import build_model
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.stage import Stage, build_stage
@@ -50,15 +48,15 @@ UNCHECKED = EdgeCompileConfig(_check_ir_validity=False)
 
 def measure(model: str, stage: Stage, batch: int, classes: int, runs: int, stock: bool) -> dict[str, Any]:
     """One row: the same step three ways."""
-    state = initial_state(stage, OPTIMIZER)
+    state = initial_state(stage, OPTIMIZER, layout=EXECUTORCH.layout(stage.model))
     x = random_inputs(batch, stage.input_shape, stage.vocabulary, torch.Generator().manual_seed(0))
     y = torch.randint(0, classes, (batch,))
     compiled = compile_stage(stage, ExportOptions(batch, classes, OPTIMIZER))
     training = compiled.manifest.training
-    program = LoweredProgram(compiled.files[training.file.sha256], training.arena_bytes)
+    content = compiled.files[training.file.sha256]
     tensors = {**state.by_name, "x": x, "y": y, "learning_rate": torch.tensor(1e-4)}
     taken = [each.name if each.tile is None else tile_name(each.name, each.tile) for each in training.inputs]
-    ours = runner(program, [pick(tensors, name).clone() for name in taken])
+    ours = runner(content, [pick(tensors, name).clone() for name in taken])
     eager = eager_runner(stage, x, y)
     pairs = [(seconds(ours), seconds(eager)) for _ in range(runs)]
     median = statistics.median(a for a, _ in pairs)
@@ -70,41 +68,33 @@ def measure(model: str, stage: Stage, batch: int, classes: int, runs: int, stock
         "eager_seconds": eager_median,
         "ratio_to_eager": statistics.median(a / b for a, b in pairs),
         "stock_seconds": None,
-        "arena_bytes": program.arena_bytes,
+        "arena_bytes": training.arena_bytes,
         "stock_arena_bytes": None,
         "planned_bytes": compiled.manifest.planned.total,
-        "program_bytes": len(program.content),
+        "program_bytes": len(content),
     }
     if stock:
-        whole = in_one_piece(stage)
-        state = initial_state(whole, OPTIMIZER)
-        step = trace_training_step(whole, OPTIMIZER, state, x, y, lambda graph, arguments: graph)
+        # Tiles are an idea of ours.
+        state = initial_state(stage, OPTIMIZER, layout=ExecuTorchTarget(tiled=False).layout(stage.model))
+        step = trace_training_step(stage, OPTIMIZER, state, x, y, lambda graph, arguments: graph)
         arguments = step.arguments({**tensors, **state.by_name})
-        lowered = lower_as_documented(step, arguments)
-        row["stock_seconds"] = seconds(runner(lowered, arguments))
-        row["stock_arena_bytes"] = lowered.arena_bytes
+        stock_content, row["stock_arena_bytes"] = lower_as_documented(step, arguments)
+        row["stock_seconds"] = seconds(runner(stock_content, arguments))
     return row
 
 
-def lower_as_documented(module: torch.nn.Module, arguments: list[torch.Tensor]) -> LoweredProgram:
-    """The same step by ExecuTorch's own defaults, but for the inputs, which stay with the caller here as well."""
+def lower_as_documented(module: torch.nn.Module, arguments: list[torch.Tensor]) -> tuple[bytes, int]:
+    """The same step by ExecuTorch's own defaults, but for the inputs, which stay with the caller; and its arena."""
     with quiet():
         edge = to_edge(torch.export.export(module, tuple(arguments), strict=False), compile_config=UNCHECKED)
         program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=IN_PLACE))
     sizes = program.executorch_program.execution_plan[0].non_const_buffer_sizes
-    return LoweredProgram(bytes(program.buffer), sum(sizes))
+    return bytes(program.buffer), sum(sizes)
 
 
-def in_one_piece(stage: Stage) -> Stage:
-    """The stage with no kernel in tiles, which are an idea of ours."""
-    whole = replace(stage)
-    vars(whole)["layout"] = Layout.of(stage.model, tiled_bytes=math.inf)
-    return whole
-
-
-def runner(program: LoweredProgram, arguments: Sequence[torch.Tensor]) -> Callable[[], object]:
+def runner(content: bytes, arguments: Sequence[torch.Tensor]) -> Callable[[], object]:
     """A step of a lowered program over tensors of its own."""
-    loaded = ExecuTorchProgram(program.content, "training")
+    loaded = ExecuTorchProgram(content, "training")
     return lambda: loaded.run(arguments)
 
 

@@ -31,6 +31,13 @@ def device(
         Path | None,
         typer.Option(help="Folder for downloads and unsent updates. Default: ~/.local/state/frostline/ID."),
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Train with this runtime only: executorch, onnxruntime or onnxruntime-training. May be repeated. "
+            "Default: every one that is installed."
+        ),
+    ] = None,
     leave_when_finished: Annotated[bool, typer.Option(help="Exit once the run is over.")] = False,
     ca_file: Annotated[
         Path | None, typer.Option(help="Authority that signed the broker's certificate.")
@@ -45,11 +52,18 @@ def device(
     """
     from frostline.datasets.load import load_samples
     from frostline.device_runtime.agent import Agent, DeviceSettings
+    from frostline.device_runtime.engine import ENGINES, INSTALL, available_engines, check_engine
     from frostline.device_runtime.worker import Workers
     from frostline.protocol.connection import BrokerAddress
+    from frostline.protocol.errors import UsageError
     from frostline.protocol.topics import Topics, checked_name
 
     checked_name(name, "--id")
+    engines = [check_engine(each) for each in engine or []] or available_engines()
+    if not engines:
+        raise UsageError(
+            "no engine is installed on this device: " + " or ".join(INSTALL[each] for each in ENGINES[:2])
+        )
     address = BrokerAddress.parse(broker, ca_file, certificate_file, key_file)
     topics = Topics(fleet)
     memory_bytes = parse_size(memory, "--memory") if memory else psutil.virtual_memory().available // 2
@@ -59,10 +73,14 @@ def device(
         data=data,
         memory_bytes=memory_bytes,
         state_folder=state or Path.home() / ".local" / "state" / "frostline" / name,
+        engines=tuple(engines),
         leave_when_finished=leave_when_finished,
     )
     console = Console(stderr=True)
-    console.print(f"{name}: {len(samples)} samples, {format_size(memory_bytes)} for training, fleet {fleet}")
+    console.print(
+        f"{name}: {len(samples)} samples, {format_size(memory_bytes)} for training with {', '.join(engines)}, "
+        f"fleet {fleet}"
+    )
 
     async def serve_leases() -> None:
         loop = asyncio.get_running_loop()

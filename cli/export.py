@@ -58,6 +58,9 @@ def export(
         typer.Option(min=1, help="How many token ids there are, for your own model that takes them."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a training step.")] = 16,
+    engine: Annotated[
+        str, typer.Option(help="The devices' runtime: executorch for phones, onnxruntime for boards.")
+    ] = "executorch",
     optimizer: Annotated[str, typer.Option(help="sgd or adamw, compiled into the step.")] = "sgd",
     momentum: Annotated[float, typer.Option(min=0, max=1, help="SGD's momentum.")] = 0.9,
     nesterov: Annotated[bool, typer.Option("--nesterov", help="Nesterov's form of SGD's momentum.")] = False,
@@ -79,6 +82,7 @@ def export(
     from frostline.exporter.models.lookup import build_model
     from frostline.exporter.optimizer import build_optimizer
     from frostline.exporter.planning import BudgetPlanner, balanced_cuts
+    from frostline.exporter.targets import find_target
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not an empty folder; choose another")
@@ -86,7 +90,7 @@ def export(
     settings = {"weight_decay": weight_decay, "proximal": proximal, "clip_norm": clip_norm}
     trained_by = build_optimizer(optimizer, momentum=momentum, nesterov=nesterov, **settings)
     spec = build_model(model, _options(option or []), _shape(input_shape), classes, seed, vocabulary)
-    options = ExportOptions(batch=batch, classes=spec.classes, optimizer=trained_by)
+    options = ExportOptions(batch, spec.classes, trained_by, find_target(engine))
 
     console = Console(stderr=True)
     with console.status(f"cutting {model}") as status:
@@ -136,7 +140,7 @@ def _write(
         weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
         write_artifact(out / f"stage-{index + 1}", manifest, {**each.files, **prefix_files}, weights)
         if index + 1 < len(compiled):
-            program, content = compile_prefix(stage, options.batch)
+            program, content = compile_prefix(stage, options.batch, options.target)
             prefix.append(program)
             prefix_files[program.file.sha256] = content
         rows.append(_row(stage, manifest, each.parity))
@@ -162,7 +166,7 @@ def _print(console: Console, model: str, batch: int, rows: list[dict[str, Any]])
         table.add_column(heading, justify="left" if heading in ("block", "variant") else "right")
     for row in rows:
         memory = row["memory"]
-        kinds = ("parameters", "statistics", "optimizer_state", "received")
+        kinds = ("parameters", "statistics", "optimizer_state", "received", "second_buffers")
         state = sum(memory[kind] for kind in kinds)
         table.add_row(
             str(row["stage"]),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from frostline.datasets.samples import Samples
-from frostline.device_runtime.engine import available_engines
+from frostline.device_runtime.engine import INSTALL
 from frostline.device_runtime.fetching import ContentFetcher
 from frostline.device_runtime.outbox import Outbox
 from frostline.device_runtime.training import TrainingTask
@@ -27,6 +27,7 @@ from frostline.protocol.errors import FrostlineError, ProtocolViolation, RunErro
 from frostline.protocol.manifest import StageManifest, decode_manifest
 from frostline.protocol.messages import (
     Answer,
+    Engine,
     Lease,
     Presence,
     Receipt,
@@ -55,6 +56,8 @@ class DeviceSettings:
         Planned bytes of training it will hold; larger stages are refused.
     state_folder : Path
         Downloads, cached features and the outbox; one a device.
+    engines : tuple of Engine
+        The runtimes it trains with.
     leave_when_finished : bool
         Return from `Agent.run` once the run is over, in place of waiting for the next.
     """
@@ -63,6 +66,7 @@ class DeviceSettings:
     data: str
     memory_bytes: int
     state_folder: Path
+    engines: tuple[Engine, ...]
     leave_when_finished: bool = False
 
 
@@ -98,7 +102,7 @@ class Agent:
             session=uuid.uuid4().hex,
             state="online",
             memory_bytes=settings.memory_bytes,
-            engines=available_engines(),
+            engines=list(settings.engines),
             samples=len(samples),
             software=importlib.metadata.version("frostline"),
         )
@@ -243,7 +247,7 @@ class Agent:
         """The device's own check: the planned bytes are known before a program is fetched."""
         planned, budget = manifest.planned.total, self._settings.memory_bytes
         if manifest.engine not in self._presence.engines:
-            raise _Refused(f"engine {manifest.engine!r} is not installed here")
+            raise _Refused(f"engine {manifest.engine!r} is not offered here: {INSTALL[manifest.engine]}")
         if planned > budget:
             raise _Refused(f"stage {manifest.name!r} needs {planned} bytes, this device's budget is {budget}")
 

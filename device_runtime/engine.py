@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, get_args
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import UsageError
@@ -50,10 +51,44 @@ class Runtime(Protocol):
         """Load a frozen block's program from `store`."""
 
 
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+"""Every engine there is, those preferred first."""
+
+INSTALL: dict[Engine, str] = {
+    "executorch": "pip install 'frostline[executorch]'",
+    "onnxruntime": "pip install onnxruntime",
+    # Both bring the package `onnxruntime`: the one has to go first.
+    "onnxruntime-training": "pip uninstall onnxruntime, then pip install onnxruntime-training-cpu==1.19.2",
+}
+"""What brings each."""
+
+
 def available_engines() -> list[Engine]:
     """The engines whose packages are installed here; nothing is imported."""
-    installed = importlib.util.find_spec("executorch") and importlib.util.find_spec("torch")
-    return ["executorch"] if installed else []
+    onnxruntime = importlib.util.find_spec("onnxruntime")
+    folders = [Path(folder) for folder in (onnxruntime and onnxruntime.submodule_search_locations) or []]
+    installed: dict[Engine, bool] = {
+        "executorch": all(importlib.util.find_spec(name) for name in ("executorch", "torch")),
+        "onnxruntime": onnxruntime is not None,
+        "onnxruntime-training": any((folder / "training" / "api").is_dir() for folder in folders),
+    }
+    return [engine for engine in ENGINES if installed[engine]]
+
+
+def check_engine(engine: str) -> Engine:
+    """The engine of that name, if it can be used on this device.
+
+    Raises
+    ------
+    UsageError
+        If there is no such engine, or it is not installed; naming what brings it.
+    """
+    known = next((each for each in ENGINES if each == engine), None)
+    if known is None:
+        raise UsageError(f"there is no engine {engine!r}; use one of {', '.join(ENGINES)}")
+    if known not in available_engines():
+        raise UsageError(f"engine {engine!r} is not installed on this device: {INSTALL[known]}")
+    return known
 
 
 def open_runtime(engine: Engine) -> Runtime:
@@ -62,12 +97,12 @@ def open_runtime(engine: Engine) -> Runtime:
     Raises
     ------
     UsageError
-        If it is not installed, naming the extra that brings it.
+        If it is not installed, naming what brings it.
     """
-    if engine not in available_engines():
-        raise UsageError(
-            f"engine {engine!r} is not installed on this device: pip install 'frostline[{engine}]'"
-        )
-    from frostline.device_runtime.executorch_engine import ExecuTorchRuntime
+    if check_engine(engine) == "executorch":
+        from frostline.device_runtime.executorch_engine import ExecuTorchRuntime
 
-    return ExecuTorchRuntime()
+        return ExecuTorchRuntime()
+    from frostline.device_runtime.onnxruntime_engine import OnnxRuntime
+
+    return OnnxRuntime()

@@ -25,6 +25,9 @@ with quiet_standard_error():
     from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 
 
+_Argument = str | torch.Tensor
+
+
 class ExecuTorchProgram:
     """A loaded program with one method, `forward`."""
 
@@ -63,7 +66,7 @@ class ExecuTorchTrainingSession:
     def __init__(self, manifest: StageManifest, store: BlobStore) -> None:
         self._manifest = manifest
         self._store = store
-        self._loaded: dict[str, ExecuTorchProgram] = {}
+        self._loaded: dict[str, tuple[ExecuTorchProgram, list[_Argument]]] = {}
         self._trained = _zeros(manifest.trained)
         self._optimizer_state = _zeros(manifest.optimizer_state)
         self._received = _zeros(manifest.received)
@@ -73,8 +76,9 @@ class ExecuTorchTrainingSession:
     def load(self, tensors: Mapping[str, Array], seed: int = 0) -> None:
         """Set parameters and statistics by name and reset the optimizer's state; dropout starts from `seed`."""
         self._seed = seed
-        for name, tensor in self._trained.items():
-            tensor.copy_(torch.from_numpy(np.array(tensors[name])))
+        for spec in self._manifest.trained:
+            held = np.ascontiguousarray(spec.held(tensors[spec.name]))
+            self._trained[spec.name].copy_(torch.from_numpy(held))
         for name, tensor in self._received.items():
             tensor.copy_(self._trained[name.removeprefix("received.")])
         for tensor in self._optimizer_state.values():
@@ -110,7 +114,9 @@ class ExecuTorchTrainingSession:
 
     def trained(self) -> dict[str, Array]:
         """The parameters and statistics by name; views of the session's memory."""
-        return {name: tensor.numpy() for name, tensor in self._trained.items()}
+        return {
+            spec.name: spec.travelling(self._trained[spec.name].numpy()) for spec in self._manifest.trained
+        }
 
     def _load_only(self, programs: Mapping[str, Program]) -> None:
         if self._loaded.keys() == programs.keys():
@@ -118,12 +124,19 @@ class ExecuTorchTrainingSession:
         # The other programs' arenas are given back before these are taken.
         self._loaded.clear()
         for kind, program in programs.items():
-            self._loaded[kind] = ExecuTorchProgram(self._store.read(program.file), kind)
+            arguments = [self._argument(spec) for spec in program.inputs]
+            self._loaded[kind] = ExecuTorchProgram(self._store.read(program.file), kind), arguments
+
+    def _argument(self, spec: TensorSpec) -> _Argument:
+        """A tensor of the stage, or one of its tiles, in place; the name of what changes with every call."""
+        held = self._held.get(spec.name)
+        if held is None or spec.tile is None:
+            return spec.name if held is None else held
+        return held.view(-1, *spec.shape)[spec.tile]
 
     def _run(self, kind: str, step: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        program = getattr(self._manifest, kind)
-        tensors = {**self._held, **step}
-        return self._loaded[kind].run([_passed(tensors[spec.name], spec) for spec in program.inputs])
+        program, arguments = self._loaded[kind]
+        return program.run([step[each] if isinstance(each, str) else each for each in arguments])
 
 
 class ExecuTorchPrefixSession:
@@ -150,10 +163,5 @@ class ExecuTorchRuntime:
         return ExecuTorchPrefixSession(program, store)
 
 
-def _passed(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """What a program is given of a tensor: all of it, or one of its tiles, in place."""
-    return tensor if spec.tile is None else tensor.view(-1, *spec.shape)[spec.tile]
-
-
 def _zeros(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
-    return {spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs}
+    return {spec.name: torch.zeros(spec.held_shape, dtype=getattr(torch, spec.dtype)) for spec in specs}

@@ -17,10 +17,12 @@ from frostline.datasets.folder import save_samples
 from frostline.datasets.load import load_samples
 from frostline.datasets.samples import Samples
 from frostline.device_runtime.agent import Agent, DeviceSettings, State
+from frostline.device_runtime.engine import available_engines, check_engine
 from frostline.device_runtime.worker import Workers
 from frostline.emulator.partition import split_dirichlet, split_iid
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
+from frostline.protocol.messages import Engine
 from frostline.protocol.sizes import parse_size
 from frostline.protocol.topics import Topics
 from frostline.server.assembly import Run
@@ -56,13 +58,14 @@ async def emulate(
     """
     fleet = run.config.fleet
     budgets = await memory_budgets(run)
+    engines = device_engines(fleet)
     folder = run.folder.path / "devices"
     topics = Topics(run.config.run.fleet)
     with Workers(workers) as pool:
         agents = []
         for number in range(fleet.devices):
             name = f"device-{number + 1:0{len(str(fleet.devices))}d}"
-            settings = _place(folder / name, name, shards[number], budgets[number])
+            settings = _place(folder / name, name, shards[number], budgets[number], engines[number])
             on_change = _for_device(notify, name)
             agents.append(Agent(settings, address, topics, shards[number], pool, on_change))
         tasks = [asyncio.create_task(agent.run()) for agent in agents]
@@ -121,7 +124,22 @@ def _split(samples: Samples, fleet: FleetTable, seed: int) -> list[npt.NDArray[n
     return split_dirichlet(samples.y, fleet.devices, fleet.alpha, seed)
 
 
-def _place(folder: Path, name: str, shard: Samples, memory_bytes: int) -> DeviceSettings:
+def device_engines(fleet: FleetTable) -> list[tuple[Engine, ...]]:
+    """The engines of each device.
+
+    Raises
+    ------
+    UsageError
+        Naming one that is not installed.
+    """
+    every = tuple(available_engines())
+    dealt: list[tuple[Engine, ...]] = [(check_engine(engine),) for engine in fleet.engines] or [every]
+    return [dealt[number % len(dealt)] for number in range(fleet.devices)]
+
+
+def _place(
+    folder: Path, name: str, shard: Samples, memory_bytes: int, engines: tuple[Engine, ...]
+) -> DeviceSettings:
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     save_samples(shard, data / "samples.safetensors")
@@ -130,6 +148,7 @@ def _place(folder: Path, name: str, shard: Samples, memory_bytes: int) -> Device
         data=str(data),
         memory_bytes=memory_bytes,
         state_folder=folder / "state",
+        engines=engines,
         leave_when_finished=True,
     )
 

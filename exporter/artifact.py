@@ -10,18 +10,20 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from frostline.exporter.executorch_lowering import LoweredProgram, lower_delegated, lower_portable
+from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.inputs import zero_inputs
+from frostline.exporter.layout import Layout
 from frostline.exporter.optimizer import SGD, Optimizer
 from frostline.exporter.parity import Parity, check_parity
-from frostline.exporter.rewrites.executorch import rewrite_for_executorch
 from frostline.exporter.stage import Stage
 from frostline.exporter.support import check_dtypes, explain
+from frostline.exporter.target import LoweredProgram, Target
 from frostline.exporter.tiles import pick, split_name
 from frostline.exporter.training_step import (
     StageState,
     TracedProgram,
     initial_state,
+    step_inputs,
     trace_accumulation,
     trace_evaluation,
     trace_training_step,
@@ -56,11 +58,14 @@ class ExportOptions:
         Samples in a training step; fixed in the programs.
     classes : int
         Width of the logits.
+    target : Target
+        The engine of the devices.
     """
 
     batch: int
     classes: int
     optimizer: Optimizer = field(default_factory=SGD)
+    target: Target = EXECUTORCH
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,8 @@ def compile_stage(
     tensors = StageTensors.of(stage, options, variant)
     with _explained(stage):
         programs = _LoweredStage(
-            *(_lower(traced, tensors) for traced in trace_training(stage, options, tensors, variant)),
-            evaluation=_lower(_trace_evaluation(stage, tensors), tensors),
+            *_lower_training(stage, options, tensors, variant),
+            evaluation=_lower_evaluation(stage, options, tensors),
         )
         parity = check_parity(stage, programs.training, programs.update, tensors, options)
     manifest = _manifest(stage, options, variant, prefix, tensors, programs)
@@ -103,11 +108,10 @@ def plan_stage(stage: Stage, options: ExportOptions, variant: Variant = WHOLE) -
     """What training a stage takes, without an artifact to show for it: evaluation needs no more than training."""
     tensors = StageTensors.of(stage, options, variant)
     with _explained(stage):
-        traced = trace_training(stage, options, tensors, variant)
-        return _planned([_lower(each, tensors) for each in traced], tensors)
+        return _planned(_lower_training(stage, options, tensors, variant), tensors)
 
 
-def compile_prefix(stage: Stage, batch: int) -> tuple[Program, bytes]:
+def compile_prefix(stage: Stage, batch: int, target: Target = EXECUTORCH) -> tuple[Program, bytes]:
     """Compile a stage's block as it stands now into a forward-only program with its weights inside.
 
     Its input is the features before the block, its output the features that the next stage trains on.
@@ -117,7 +121,7 @@ def compile_prefix(stage: Stage, batch: int) -> tuple[Program, bytes]:
     with torch.no_grad():
         features = block(x)
     with _explained(stage):
-        lowered = lower_delegated(block, [x])
+        lowered = target.lower_frozen(block, x)
     inputs = [_spec("x", x, stage.vocabulary)]
     return _program(lowered, inputs, [_spec("features", features)]), lowered.content
 
@@ -160,63 +164,59 @@ class StageTensors:
             )
         x = zero_inputs(samples, stage.input_shape, stage.vocabulary)
         y = torch.zeros(samples, dtype=torch.int64)
-        return cls(initial_state(stage, options.optimizer, variant), x, y, stage.vocabulary)
+        state = initial_state(stage, options.optimizer, variant, options.target.layout(stage.model))
+        return cls(state, x, y, stage.vocabulary)
 
     @property
     def by_name(self) -> dict[str, Tensor]:
         """Every input a program may name."""
-        scalars = {"learning_rate": torch.tensor(0.1), "first": torch.tensor(1.0), "seed": torch.tensor(0.0)}
-        return {**self.state.by_name, "x": self.x, "y": self.y, **scalars}
+        return {**self.state.by_name, **step_inputs(self.x, self.y)}
 
 
 def trace_training(
     stage: Stage, options: ExportOptions, tensors: StageTensors, variant: Variant
 ) -> list[TracedProgram]:
     """The programs of a step: one, or one for a micro-batch and one for the update."""
-    optimizer, state, x, y = options.optimizer, tensors.state, tensors.x, tensors.y
+    optimizer, rewrite = options.optimizer, options.target.rewrite
+    state, x, y = tensors.state, tensors.x, tensors.y
     if variant.micro_batches == 1:
-        return [trace_training_step(stage, optimizer, state, x, y, rewrite_for_executorch, variant)]
+        return [trace_training_step(stage, optimizer, state, x, y, rewrite, variant)]
     return [
-        trace_accumulation(stage, optimizer, state, x, y, rewrite_for_executorch, variant),
-        trace_update(stage, optimizer, state, rewrite_for_executorch),
+        trace_accumulation(stage, optimizer, state, x, y, rewrite, variant),
+        trace_update(stage, optimizer, state, rewrite),
     ]
-
-
-def _trace_evaluation(stage: Stage, tensors: StageTensors) -> TracedProgram:
-    return trace_evaluation(stage, tensors.state, tensors.x, rewrite_for_executorch)
-
-
-@dataclass(frozen=True)
-class LoweredStageProgram:
-    """A lowered program and the names of its inputs."""
-
-    inputs: tuple[str, ...]
-    lowered: LoweredProgram
-
-    @property
-    def content(self) -> bytes:
-        """The program as a file."""
-        return self.lowered.content
 
 
 @dataclass(frozen=True)
 class _LoweredStage:
-    training: LoweredStageProgram
-    update: LoweredStageProgram | None = None
-    evaluation: LoweredStageProgram = field(kw_only=True)
+    training: LoweredProgram
+    update: LoweredProgram | None = None
+    evaluation: LoweredProgram = field(kw_only=True)
 
     @property
-    def of_a_step(self) -> list[LoweredStageProgram]:
+    def of_a_step(self) -> list[LoweredProgram]:
         """Those that are loaded together to train."""
         return [self.training, *([self.update] if self.update else [])]
 
     @property
-    def all(self) -> list[LoweredStageProgram]:
+    def all(self) -> list[LoweredProgram]:
         return [*self.of_a_step, self.evaluation]
 
 
-def _lower(traced: TracedProgram, tensors: StageTensors) -> LoweredStageProgram:
-    return LoweredStageProgram(traced.inputs, lower_portable(traced, traced.arguments(tensors.by_name)))
+def _lower_training(
+    stage: Stage, options: ExportOptions, tensors: StageTensors, variant: Variant
+) -> list[LoweredProgram]:
+    programs = trace_training(stage, options, tensors, variant)
+    results = [["loss", "correct"], ["applied_rate"]]
+    return [
+        options.target.lower(program, tensors.by_name, names)
+        for program, names in zip(programs, results, strict=False)
+    ]
+
+
+def _lower_evaluation(stage: Stage, options: ExportOptions, tensors: StageTensors) -> LoweredProgram:
+    program = trace_evaluation(stage, tensors.state, tensors.x, options.target.rewrite)
+    return options.target.lower(program, tensors.by_name, ["logits"])
 
 
 @contextlib.contextmanager
@@ -249,17 +249,17 @@ def _manifest(
         stage=stage.index,
         stages=stage.count,
         name=stage.name,
-        engine="executorch",
+        engine=options.target.engine,
         variant=variant.name,
         batch=options.batch,
         micro_batches=variant.micro_batches,
         classes=options.classes,
-        parameters=[_with_axes(spec, stage) for spec in _specs(state.parameters)],
+        parameters=[_travelling(spec, state.layout) for spec in _specs(state.parameters)],
         statistics=_specs(state.statistics),
         optimizer_state=_specs(state.optimizer_state),
         received=_specs(state.received),
         training=_stage_program(programs.training, tensors, results),
-        update=_stage_program(update, tensors, [TensorSpec(name="learning_rate", shape=())])
+        update=_stage_program(update, tensors, [TensorSpec(name="applied_rate", shape=())])
         if update
         else None,
         evaluation=_stage_program(programs.evaluation, tensors, [logits]),
@@ -268,9 +268,9 @@ def _manifest(
     )
 
 
-def _stage_program(program: LoweredStageProgram, tensors: StageTensors, outputs: list[TensorSpec]) -> Program:
+def _stage_program(program: LoweredProgram, tensors: StageTensors, outputs: list[TensorSpec]) -> Program:
     inputs = [_input_spec(name, tensors) for name in program.inputs]
-    return _program(program.lowered, inputs, outputs)
+    return _program(program, inputs, outputs)
 
 
 def _input_spec(name: str, tensors: StageTensors) -> TensorSpec:
@@ -280,21 +280,30 @@ def _input_spec(name: str, tensors: StageTensors) -> TensorSpec:
 
 
 def _planned(
-    step: Sequence[LoweredStageProgram],
+    step: Sequence[LoweredProgram],
     tensors: StageTensors,
-    evaluation: LoweredStageProgram | None = None,
+    evaluation: LoweredProgram | None = None,
 ) -> PlannedMemory:
     # The programs of a step are loaded together, that of the evaluation in their place.
     loaded = [list(step), [evaluation] if evaluation else []]
     return planned_memory(
         tensors,
-        arena=max(sum(program.lowered.arena_bytes for program in programs) for programs in loaded),
+        {name for program in step for name in program.written},
+        arena=max(sum(program.arena_bytes for program in programs) for programs in loaded),
         program=max(sum(len(program.content) for program in programs) for programs in loaded),
     )
 
 
-def planned_memory(tensors: StageTensors, *, arena: int, program: int) -> PlannedMemory:
-    """The whole of it, from the bytes of the arenas and programs loaded together."""
+def planned_memory(
+    tensors: StageTensors, written: Iterable[str], *, arena: int, program: int
+) -> PlannedMemory:
+    """The whole of it, from the bytes of the arenas and programs loaded together.
+
+    Parameters
+    ----------
+    written : iterable of str
+        What has a second buffer, since the programs do not write in place.
+    """
     state = tensors.state
     return PlannedMemory(
         arena=arena,
@@ -302,6 +311,7 @@ def planned_memory(tensors: StageTensors, *, arena: int, program: int) -> Planne
         statistics=_size(state.statistics.values()),
         optimizer_state=_size(state.optimizer_state.values()),
         received=_size(state.received.values()),
+        second_buffers=_size(pick(tensors.by_name, name) for name in written),
         batch=_size([tensors.x, tensors.y, torch.tensor(0.1)]),
         program=program,
     )
@@ -311,9 +321,13 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _with_axes(spec: TensorSpec, stage: Stage) -> TensorSpec:
-    axes = stage.layout.axes.get(spec.name)
-    return spec.model_copy(update={"model_axes": axes}) if axes else spec
+def _travelling(held: TensorSpec, layout: Layout) -> TensorSpec:
+    """A parameter's spec from that of the tensor a device holds."""
+    axes = layout.axes.get(held.name)
+    if axes is None:
+        return held
+    shape = tuple(held.shape[axes.index(axis)] for axis in range(len(axes)))
+    return held.model_copy(update={"shape": shape, "held_axes": axes})
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> list[TensorSpec]:

@@ -1,8 +1,9 @@
 """The order in which a device holds a stage's tensors.
 
-The kernels of convolutions are held, sent and averaged as (O, *kernel, C), those of transposed ones as (C, *kernel, O): the
-order their products read them in, so that no step has to turn them. Large kernels are held as (*kernel, O, C), so that
-programs can take them in tiles (see `frostline.exporter.tiles`). Everything else keeps the model's order.
+Tensors travel in the model's order, so that devices of every runtime can be averaged. For ExecuTorch the kernels of
+convolutions are held as (O, *kernel, C), those of transposed ones as (C, *kernel, O): the order their products read them
+in, so that no step has to turn them. Large kernels are held as (*kernel, O, C), so that programs can take them in tiles
+(see `frostline.exporter.tiles`). Everything else keeps the model's order.
 """
 
 from __future__ import annotations
@@ -40,18 +41,17 @@ class Layout:
     tiled: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, model: nn.Module, *, tiled_bytes: float | None = None) -> Layout:
-        """The layout of a stage's model, with kernels of `tiled_bytes` (by default `TILED_BYTES`) in tiles."""
-        least = TILED_BYTES if tiled_bytes is None else tiled_bytes
+    def channels_last(cls, model: nn.Module, *, tiled: bool = True) -> Layout:
+        """The layout that ExecuTorch's programs want, large kernels in tiles if asked for."""
         convolutions = {
             f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, _ConvNd)
         }
-        tiled = frozenset(name for name, module in convolutions.items() if _is_tiled(module, least))
+        in_tiles = frozenset(name for name, module in convolutions.items() if tiled and _is_tiled(module))
         axes = {
-            name: (*range(2, m.weight.dim()), 0, 1) if name in tiled else (0, *range(2, m.weight.dim()), 1)
+            name: (*range(2, m.weight.dim()), 0, 1) if name in in_tiles else (0, *range(2, m.weight.dim()), 1)
             for name, m in convolutions.items()
         }
-        return cls(axes, tiled)
+        return cls(axes, in_tiles)
 
     def is_tiled(self, name: str) -> bool:
         """Whether programs take a parameter, or what the optimizer keeps of it (as `<kind>.<name>`), in tiles."""
@@ -74,7 +74,11 @@ class Layout:
         return tensor.permute([axes.index(axis) for axis in range(len(axes))])
 
 
-def _is_tiled(module: _ConvNd, least: float) -> bool:
+MODEL_ORDER = Layout({})
+"""Every tensor as the model has it."""
+
+
+def _is_tiled(module: _ConvNd) -> bool:
     weight = module.weight
     _, channels, *kernel = weight.shape
     return (
@@ -82,5 +86,5 @@ def _is_tiled(module: _ConvNd, least: float) -> bool:
         and module.groups == 1
         and math.prod(kernel) > 1
         and channels >= TILED_CHANNELS
-        and weight.numel() * weight.element_size() >= least
+        and weight.numel() * weight.element_size() >= TILED_BYTES
     )

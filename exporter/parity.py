@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frostline.exporter.dropout import SeededDropout
-from frostline.exporter.executorch_lowering import quiet, run_program
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
 from frostline.exporter.stage import Stage
-from frostline.exporter.tiles import pick
+from frostline.exporter.target import LoweredProgram, Target
 from frostline.protocol.errors import RunError
 
 if TYPE_CHECKING:
-    from frostline.exporter.artifact import ExportOptions, LoweredStageProgram, StageTensors
+    from frostline.exporter.artifact import ExportOptions, StageTensors
 
 Batch = tuple[Tensor, Tensor]
 """x (N, *input_shape) and y (N,) int64."""
@@ -50,8 +49,8 @@ class Parity:
 
 def check_parity(
     stage: Stage,
-    training: LoweredStageProgram,
-    update: LoweredStageProgram | None,
+    training: LoweredProgram,
+    update: LoweredProgram | None,
     tensors: StageTensors,
     options: ExportOptions,
 ) -> Parity:
@@ -65,7 +64,7 @@ def check_parity(
     count = options.batch // len(tensors.x)
     batches = [_random_batch(stage, options, seed) for seed in range(STEPS)]
     parts = [list(zip(x.chunk(count), y.chunk(count), strict=True)) for x, y in batches]
-    losses, trained = _run(training, update, tensors, parts)
+    losses, trained = _run(options.target, training, update, tensors, parts)
     want_losses, want, moved, gradient_norms = train_eagerly(stage, options.optimizer, parts, LEARNING_RATE)
     unmoved = VANISHING * max(gradient_norms.values())
     loss_error = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, want_losses, strict=True))
@@ -73,7 +72,7 @@ def check_parity(
     for name, held in trained.items():
         if gradient_norms.get(name, unmoved) < unmoved:
             continue
-        value = stage.layout.model(name, held)
+        value = tensors.state.layout.model(name, held)
         # A tensor whose gradient vanishes (a bias before a norm) or is clipped moves by little more than rounding, which
         # is 6e-8 of its value a step: a floor for it.
         scale = max(float(moved[name].norm()), 2e-4 * float(want[name].norm()), 1e-6)
@@ -82,7 +81,7 @@ def check_parity(
     parity = Parity(loss_error, errors[worst])
     if not (parity.loss_error <= LOSS_TOLERANCE and parity.tensor_error <= TENSOR_TOLERANCE):
         raise RunError(
-            f"stage {stage.name!r}: the ExecuTorch program does not train as eager PyTorch does: loss off by "
+            f"stage {stage.name!r}: the {options.target.engine} program does not train as eager PyTorch does: loss off by "
             f"{parity.loss_error:.1e}, tensor {worst!r} by {parity.tensor_error:.1e} of its movement"
         )
     return parity
@@ -95,37 +94,25 @@ def _random_batch(stage: Stage, options: ExportOptions, seed: int) -> Batch:
 
 
 def _run(
-    training: LoweredStageProgram,
-    update: LoweredStageProgram | None,
+    target: Target,
+    training: LoweredProgram,
+    update: LoweredProgram | None,
     tensors: StageTensors,
     batches: Sequence[Sequence[Batch]],
 ) -> tuple[list[float], dict[str, Tensor]]:
     held = {name: tensor.clone() for name, tensor in tensors.state.by_name.items()}
     held["learning_rate"] = torch.tensor(LEARNING_RATE)
     losses: list[float] = []
-    with quiet():
-        run_training = _loaded(training)
-        run_update = _loaded(update) if update else None
-        for parts in batches:
-            for index, (x, y) in enumerate(parts):
-                first, seed = torch.tensor(float(index == 0)), torch.tensor(float(len(losses)))
-                held |= {"x": x, "y": y, "first": first, "seed": seed}
-                losses.append(float(run_training(held)[0]))
-            if run_update is not None:
-                run_update(held)
+    run_training = target.load(training)
+    run_update = target.load(update) if update else None
+    for parts in batches:
+        for index, (x, y) in enumerate(parts):
+            first, seed = torch.tensor(float(index == 0)), torch.tensor(float(len(losses)))
+            held |= {"x": x, "y": y, "first": first, "seed": seed}
+            losses.append(float(run_training(held)[0]))
+        if run_update is not None:
+            run_update(held)
     return losses, {name: held[name] for name in [*tensors.state.parameters, *tensors.state.statistics]}
-
-
-def _loaded(program: LoweredStageProgram) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
-
-    module = _load_for_executorch_from_buffer(program.content)
-
-    def run(tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        arguments = tuple(pick(tensors, name) for name in program.inputs)
-        return run_program(module, arguments)
-
-    return run
 
 
 def train_eagerly(

@@ -24,7 +24,7 @@ from frostline.exporter.cutting import CutModel, cut
 from frostline.exporter.models.lookup import ModelSpec
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.stage import Stage, build_stage
-from frostline.exporter.training_step import TracedProgram, initial_state
+from frostline.exporter.training_step import TracedProgram
 from frostline.exporter.variant import WHOLE, Variant, variants_of
 from frostline.protocol.errors import UsageError
 from frostline.protocol.manifest import PlannedMemory, Program
@@ -78,7 +78,7 @@ class StageVariants:
         """The stage, behind these frozen blocks, in the fastest variant that fits a budget in bytes; None if none does."""
         for variant in variants_of(self._options.batch):
             # Tracing takes its time; adding up the state takes none.
-            if _state_bytes(self._stage, self._options, variant) > budget:
+            if _planned_state(self._stage, self._options, variant).total > budget:
                 continue
             if self._least(variant) <= budget:
                 compiled = self.compiled(variant)
@@ -156,8 +156,8 @@ class BudgetPlanner:
         stages = self._stages(parts)
         for stage in stages:
             # Adding up the state takes no time; most cuts that cannot fit fail here.
-            state = planned_memory(StageTensors.of(stage, self._options, WHOLE), arena=0, program=0)
-            if state.total - state.batch > self._budget:
+            state = _planned_state(stage, self._options, WHOLE)
+            if state.total > self._budget:
                 return _Misfit(parts, stage, state)
         for stage in stages:
             self._notify(f"trying {_blocks(len(stages))}: {stage.name}")
@@ -186,7 +186,7 @@ class BudgetPlanner:
         *_, last = variants_of(options.batch)
         # More parts take less, unless the gradients they accumulate need memory of their own.
         candidates = [last]
-        if _state_bytes(stage, options, last) > _state_bytes(stage, options, WHOLE):
+        if _planned_state(stage, options, last).total > _planned_state(stage, options, WHOLE).total:
             candidates.append(Variant(recompute=True))
         return min((estimate_stage(stage, options, v) for v in candidates), key=lambda planned: planned.total)
 
@@ -237,9 +237,10 @@ def _blocks(count: int) -> str:
     return f"{count} block{'s' if count > 1 else ''}"
 
 
-def _state_bytes(stage: Stage, options: ExportOptions, variant: Variant) -> int:
-    state = initial_state(stage, options.optimizer, variant)
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.tensors)
+def _planned_state(stage: Stage, options: ExportOptions, variant: Variant) -> PlannedMemory:
+    """The part of a stage's memory that is known without tracing it: its state."""
+    tensors = StageTensors.of(stage, options, variant)
+    return planned_memory(tensors, (), arena=0, program=0).model_copy(update={"batch": 0})
 
 
 def estimate_stage(stage: Stage, options: ExportOptions, variant: Variant) -> PlannedMemory:
@@ -248,7 +249,13 @@ def estimate_stage(stage: Stage, options: ExportOptions, variant: Variant) -> Pl
     traced = trace_training(stage, options, tensors, variant)
     arena = sum(estimate_arena(program) for program in traced)
     nodes = sum(len(program.graph_module.graph.nodes) for program in traced)
-    return planned_memory(tensors, arena=arena, program=nodes * NODE_BYTES)
+    written = {name for program in traced for name in program.written}
+    return planned_memory(
+        tensors,
+        () if options.target.writes_in_place else written,
+        arena=arena,
+        program=nodes * NODE_BYTES,
+    )
 
 
 def estimate_arena(program: TracedProgram) -> int:

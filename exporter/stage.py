@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from frostline.exporter.cutting import CutModel
-from frostline.exporter.layout import Layout
 from frostline.exporter.output_module import OutputModule, build_output_module
 
 
@@ -55,11 +53,6 @@ class Stage:
     input_shape: tuple[int, ...]
     vocabulary: int | None = None
 
-    @cached_property
-    def layout(self) -> Layout:
-        """The order in which devices hold the stage's tensors."""
-        return Layout.of(self.model)
-
 
 def build_stage(cut: CutModel, index: int, seed: int) -> Stage:
     """Stage `index` of `cut`; the output module's values come from `seed`."""
@@ -76,12 +69,12 @@ def build_whole_model(cut: CutModel) -> Stage:
 
 
 def trainable_tensors(stage: Stage) -> dict[str, Tensor]:
-    """Copies of the stage's parameters by name, as devices hold them (see `frostline.exporter.layout`).
-
-    Those the model has frozen are constants of its programs.
-    """
-    parameters = {name: p.detach().clone() for name, p in stage.model.named_parameters() if p.requires_grad}
-    return {name: stage.layout.held(name, p) for name, p in parameters.items()}
+    """Copies of the stage's parameters by name. Those the model has frozen are constants of its programs."""
+    return {
+        name: p.detach().clone(memory_format=torch.contiguous_format)
+        for name, p in stage.model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def statistics_tensors(stage: Stage) -> dict[str, Tensor]:
@@ -93,9 +86,9 @@ def statistics_tensors(stage: Stage) -> dict[str, Tensor]:
 
 
 def load_tensors(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors`, as devices hold them, over the stage's values of the same name; others are left out."""
+    """Write `tensors` over the stage's values of the same name; others are left out."""
     own = stage.model.state_dict()
     with torch.no_grad():
         for name, value in tensors.items():
             if name in own:
-                own[name].copy_(stage.layout.model(name, value))
+                own[name].copy_(value)

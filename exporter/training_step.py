@@ -14,11 +14,15 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.dropout import SeededDropout
+from frostline.exporter.layout import MODEL_ORDER, Layout
 from frostline.exporter.optimizer import Optimizer
 from frostline.exporter.recomputation import RecomputingForward
 from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
 from frostline.exporter.tiles import kernel, pick, tile_name, tiles_of
 from frostline.exporter.variant import WHOLE, Variant
+
+INPUT = "frostline input"
+"""Where a traced graph's placeholders say which input of the program they are."""
 
 Rewrite = Callable[[fx.GraphModule, Sequence[Tensor]], fx.GraphModule]
 """Turns a traced graph into one its runtime executes well, given the graph's arguments."""
@@ -36,6 +40,8 @@ class StageState:
 
     Attributes
     ----------
+    layout : Layout
+        The order they are held in.
     received : dict
         The parameters as they came, as `received.<name>`, where the optimizer draws towards them; never written.
     """
@@ -44,25 +50,29 @@ class StageState:
     statistics: dict[str, Tensor]
     optimizer_state: dict[str, Tensor]
     received: dict[str, Tensor] = field(default_factory=dict)
+    layout: Layout = MODEL_ORDER
 
     @property
     def by_name(self) -> dict[str, Tensor]:
         """All of them."""
         return {**self.parameters, **self.statistics, **self.optimizer_state, **self.received}
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All of them, flat."""
-        return list(self.by_name.values())
+
+def step_inputs(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """What a step's programs may take beside the state: a micro-batch, and scalars float32."""
+    scalars = {"learning_rate": 0.1, "first": 1.0, "seed": 0.0}
+    return {"x": x, "y": y, **{name: torch.tensor(value) for name, value in scalars.items()}}
 
 
-def initial_state(stage: Stage, optimizer: Optimizer, variant: Variant = WHOLE) -> StageState:
+def initial_state(
+    stage: Stage, optimizer: Optimizer, variant: Variant = WHOLE, layout: Layout = MODEL_ORDER
+) -> StageState:
     """The stage's present values with a fresh optimizer state."""
-    parameters = trainable_tensors(stage)
+    parameters = {name: layout.held(name, value) for name, value in trainable_tensors(stage).items()}
     received = {f"received.{name}": p.clone() for name, p in parameters.items() if optimizer.proximal}
     accumulating = variant.micro_batches > 1
     optimizer_state = optimizer.initial_state(parameters, accumulating=accumulating)
-    return StageState(parameters, statistics_tensors(stage), optimizer_state, received)
+    return StageState(parameters, statistics_tensors(stage), optimizer_state, received, layout)
 
 
 class TracedProgram(nn.Module):
@@ -111,7 +121,7 @@ def trace_training_step(
     it. The shapes of `x` and `y` are fixed in the graph, and `rewrite` is applied to it.
     """
     forward = _forward(stage, variant)
-    names = _in_tiles(stage, state.parameters)
+    names = _in_tiles(state.layout, state.parameters)
 
     def step(tensors: Mapping[str, Tensor]) -> Results:
         parameters = {name: tensors[name] for name in names}
@@ -137,9 +147,8 @@ def trace_training_step(
             update(optimizer.clipped({name: held[name] for name in parameters}))
         return {**new, **statistics}, results
 
-    inputs = _in_tiles(stage, state.by_name)
-    scalars = {"learning_rate": torch.tensor(0.1), "seed": torch.tensor(0.0)}
-    return _trace(step, {**inputs, "x": x, "y": y, **scalars}, rewrite)
+    inputs = _in_tiles(state.layout, state.by_name)
+    return _trace(step, {**inputs, **step_inputs(x, y)}, rewrite)
 
 
 def trace_accumulation(
@@ -171,9 +180,8 @@ def trace_accumulation(
         statistics, results = _backward(stage, forward, share, state, tensors, on_gradient)
         return {**new, **statistics}, results
 
-    inputs = _in_tiles(stage, state.by_name)
-    scalars = {"first": torch.tensor(1.0), "seed": torch.tensor(0.0)}
-    return _trace(accumulate, {**inputs, "x": x, "y": y, **scalars}, rewrite)
+    inputs = _in_tiles(state.layout, state.by_name)
+    return _trace(accumulate, {**inputs, **step_inputs(x, y)}, rewrite)
 
 
 def trace_update(stage: Stage, optimizer: Optimizer, state: StageState, rewrite: Rewrite) -> TracedProgram:
@@ -181,14 +189,14 @@ def trace_update(stage: Stage, optimizer: Optimizer, state: StageState, rewrite:
 
     ExecuTorch takes no program without a result.
     """
-    names = _in_tiles(stage, state.parameters)
+    names = _in_tiles(state.layout, state.parameters)
 
     def finish(tensors: Mapping[str, Tensor]) -> Results:
         parameters = {name: tensors[name] for name in names}
         changed, new_state = optimizer.finish(parameters, tensors, tensors["learning_rate"])
         return {**changed, **new_state}, [tensors["learning_rate"].clone()]
 
-    inputs = _in_tiles(stage, state.by_name)
+    inputs = _in_tiles(state.layout, state.by_name)
     return _trace(finish, {**inputs, "learning_rate": torch.tensor(0.1)}, rewrite)
 
 
@@ -197,12 +205,12 @@ def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrite: Rewrit
     fixed = _fixed_buffers(stage)
 
     def evaluate(tensors: Mapping[str, Tensor]) -> Results:
-        values = _of_model(stage, state, tensors) | {name: tensors[name] for name in state.statistics}
+        values = _of_model(state, tensors) | {name: tensors[name] for name in state.statistics}
         logits: Tensor = functional_call(stage.model, {**values, **fixed}, (tensors["x"],))
         return {}, [logits]
 
     stage.model.eval()
-    inputs = _in_tiles(stage, {**state.parameters, **state.statistics})
+    inputs = _in_tiles(state.layout, {**state.parameters, **state.statistics})
     return _trace(evaluate, {**inputs, "x": x}, rewrite)
 
 
@@ -222,11 +230,11 @@ def _backward(
     # the whole step has been computed.
     mutated = {n: value.clone() for n, value in _fixed_buffers(stage).items()}
     mutated |= {name: tensors[name].clone() for name in state.statistics}
-    leaves = {n: tensors[n].detach().requires_grad_() for n in _in_tiles(stage, state.parameters)}
+    leaves = {n: tensors[n].detach().requires_grad_() for n in _in_tiles(state.layout, state.parameters)}
     # The backward pass too: what is computed again drops the same values again.
     with SeededDropout(tensors["seed"]) as dropout:
         with torch.enable_grad():
-            logits = forward({**_of_model(stage, state, leaves), **mutated}, tensors["x"], dropout)
+            logits = forward({**_of_model(state, leaves), **mutated}, tensors["x"], dropout)
             loss = F.cross_entropy(logits, tensors["y"])
         for name, leaf in leaves.items():
             leaf.register_hook(partial(on_gradient, name))
@@ -237,26 +245,26 @@ def _backward(
     return {name: mutated[name] for name in state.statistics}, [loss.detach(), correct]
 
 
-def _in_tiles(stage: Stage, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_tiles(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as programs take them."""
     taken: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if stage.layout.is_tiled(name):
+        if layout.is_tiled(name):
             taken |= {tile_name(name, index): tile for index, tile in enumerate(tiles_of(tensor))}
         else:
             taken[name] = tensor
     return taken
 
 
-def _of_model(stage: Stage, state: StageState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _of_model(state: StageState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's parameters, from `tensors` as programs take them."""
     values: dict[str, Tensor] = {}
     for name, held in state.parameters.items():
-        if stage.layout.is_tiled(name):
+        if state.layout.is_tiled(name):
             *size, _, _ = held.shape
             values[name] = kernel([tensors[tile_name(name, i)] for i in range(math.prod(size))], size)
         else:
-            values[name] = stage.layout.model(name, tensors[name])
+            values[name] = state.layout.model(name, tensors[name])
     return values
 
 
@@ -295,6 +303,7 @@ def _drop_unused(graph: fx.GraphModule, inputs: Mapping[str, Tensor], written: S
     for name, node in zip(inputs, graph.graph.find_nodes(op="placeholder"), strict=True):
         if node.users or name in written:
             used.append(name)
+            node.meta[INPUT] = name
         else:
             graph.graph.erase_node(node)
     graph.recompile()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from frostline.protocol.errors import CorruptContent
@@ -22,6 +24,8 @@ STEP_INPUTS: dict[str, frozenset[str]] = {
     "evaluation": frozenset({"x"}),
 }
 """What each program may take that changes with every call."""
+NEW = "new."
+"""Where a runtime cannot write in place: before the name of an input, that of the output which takes its place."""
 SEEDS = 2**24
 """How many values the input `seed` may have: the whole numbers that float32 holds exactly."""
 _ITEM_BYTES = {"float32": 4, "int64": 8}
@@ -32,12 +36,14 @@ class _Document(BaseModel):
 
 
 class TensorSpec(_Document):
-    """Name, dtype and shape of one tensor.
+    """Name, dtype and shape of one tensor, as it travels.
 
     Attributes
     ----------
-    model_axes : tuple of int or None
-        Where devices hold a parameter in another order than the model: the model's axes in the order they are held.
+    held_axes : tuple of int or None
+        Where a device holds the tensor in another order: its axes in that order.
+    tile : int or None
+        Where a program takes one tile of a tensor: which, `shape` being the tile's.
     vocabulary : int or None
         For an input of token ids: each is at least 0 and below this.
     """
@@ -45,9 +51,28 @@ class TensorSpec(_Document):
     name: Annotated[str, Field(min_length=1, max_length=512)]
     dtype: DType = "float32"
     shape: Annotated[tuple[Dimension, ...], Field(max_length=8)]
-    model_axes: Annotated[tuple[Dimension, ...], Field(max_length=8)] | None = None
+    held_axes: Annotated[tuple[Dimension, ...], Field(max_length=8)] | None = None
     tile: Count | None = None
     vocabulary: Annotated[int, Field(ge=1, le=2**31)] | None = None
+
+    @model_validator(mode="after")
+    def _axes_fit(self) -> Self:
+        if self.held_axes is not None and sorted(self.held_axes) != list(range(len(self.shape))):
+            raise ValueError(f"{self.name!r} is held by axes {list(self.held_axes)}, which are not its own")
+        return self
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """The shape a device holds it in."""
+        return self.shape if self.held_axes is None else tuple(self.shape[axis] for axis in self.held_axes)
+
+    def held(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A view of an array as it travels, in the order a device holds it."""
+        return array if self.held_axes is None else array.transpose(self.held_axes)
+
+    def travelling(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A view of an array as a device holds it, in the order it travels."""
+        return array if self.held_axes is None else array.transpose(np.argsort(self.held_axes))
 
     @property
     def size_bytes(self) -> int:
@@ -75,9 +100,11 @@ class PlannedMemory(_Document):
     Attributes
     ----------
     arena : int
-        What the runtime plans for the programs that are loaded at the same time.
+        What the runtime plans, or was measured to take, for the programs that are loaded at the same time.
     received : int
         The copy of the received parameters that a proximal term needs.
+    second_buffers : int
+        Where the runtime cannot write in place: as much again as what a step writes.
     batch : int
         One micro-batch.
     prefix : int
@@ -90,6 +117,7 @@ class PlannedMemory(_Document):
     statistics: Count
     optimizer_state: Count
     received: Count
+    second_buffers: Count = 0
     batch: Count
     program: Count
     prefix: Count = 0
@@ -157,7 +185,7 @@ class StageManifest(_Document):
     @model_validator(mode="after")
     def _programs_fit(self) -> Self:
         held = {spec.name: spec for spec in [*self.trained, *self.optimizer_state, *self.received]}
-        copies = {(f"received.{spec.name}", spec.dtype, spec.shape) for spec in self.parameters}
+        copies = {(f"received.{spec.name}", spec.dtype, spec.held_shape) for spec in self.parameters}
         for spec in self.received:
             if (spec.name, spec.dtype, spec.shape) not in copies:
                 raise ValueError(f"{spec.name!r} is no copy of a parameter")
@@ -226,7 +254,7 @@ def _check_input(kind: str, spec: TensorSpec, held: Mapping[str, TensorSpec]) ->
         raise ValueError(f"the {kind} program takes {spec.name!r}, which the stage does not have")
     whole = held[spec.name]
     if spec.tile is None:
-        fits = (spec.dtype, spec.shape) == (whole.dtype, whole.shape)
+        fits = (spec.dtype, spec.shape) == (whole.dtype, whole.held_shape)
     else:
         size = spec.size_bytes
         fits = spec.dtype == whole.dtype and size > 0 and whole.size_bytes % size == 0

@@ -20,7 +20,8 @@ MESSAGE_BYTES_LIMIT = 64 * 1024
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-Engine = Literal["executorch"]
+Engine = Literal["executorch", "onnxruntime", "onnxruntime-training"]
+"""A runtime that trains; an artifact is compiled for one."""
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=0, le=10**7)]
 # No control characters: a terminal would obey them.

@@ -13,6 +13,7 @@ from frostline.exporter.artifact import ExportOptions
 from frostline.exporter.cutting import cut
 from frostline.exporter.models.lookup import ModelSpec, build_model
 from frostline.exporter.optimizer import build_optimizer
+from frostline.exporter.targets import target_of
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
 from frostline.server.config import RunConfig, parse_config
@@ -68,7 +69,8 @@ def assemble(
         proximal=training.proximal,
         clip_norm=training.clip_norm,
     )
-    options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer)
+    target = target_of(training.engines[0])
+    options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer, target=target)
     schedule = GrowingSchedule(spec, parts, options, config.run.seed, test)
     if resume:
         folder = _open_unfinished(out, config)

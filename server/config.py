@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from frostline.protocol.errors import UsageError
-from frostline.protocol.messages import Name
+from frostline.protocol.messages import Engine, Name
 
 
 class _Table(BaseModel):
@@ -64,6 +64,8 @@ class TrainingTable(_Table):
         The factor of FedProx's term.
     clip_norm : float
         Largest norm of all gradients together; 0 for any.
+    engines : list of Engine
+        The runtimes that stages are compiled for, as devices that have them come; memory is planned for the first.
     variants : "auto" or "whole"
         Whether devices with too little memory for a stage in one piece are served micro-batches and recomputation, or
         left out.
@@ -78,6 +80,7 @@ class TrainingTable(_Table):
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     proximal: Annotated[float, Field(ge=0, le=1000)] = 0.0
     clip_norm: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    engines: Annotated[list[Engine], Field(min_length=1)] = ["executorch", "onnxruntime"]
     variants: Literal["auto", "whole"] = "auto"
 
 
@@ -146,11 +149,12 @@ class FleetTable(_Table):
     """`[fleet]`: the virtual devices of `frostline emulate`; a server with real devices ignores it.
 
     `memory` is dealt out to the devices in turn: sizes such as "900 kB", or percentages of what training the whole
-    model at once would need, such as "60%".
+    model at once would need, such as "60%". So are `engines`; all that are installed if it is left out.
     """
 
     devices: Annotated[int, Field(ge=1, le=10_000)] = 8
     memory: Annotated[list[str], Field(min_length=1)] = ["100%"]
+    engines: list[Engine] = []
     split: Literal["iid", "dirichlet"] = "iid"
     alpha: Annotated[float, Field(gt=0)] = 0.5
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from frostline.exporter.variant import WHOLE
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import RunError
 from frostline.protocol.manifest import StageManifest
-from frostline.protocol.messages import BlobReference, Presence, RunAnnouncement
+from frostline.protocol.messages import BlobReference, Engine, Presence, RunAnnouncement
 from frostline.protocol.sizes import format_size
 from frostline.protocol.tensors import Array, encode_tensors
 from frostline.protocol.topics import Topics
@@ -54,13 +55,19 @@ class _StageProgress:
     weights: dict[str, Array]
     weights_reference: BlobReference
     rounds: int = 0
-    budgets: set[int] = field(default_factory=set)
+    budgets: set[tuple[Engine, int]] = field(default_factory=set)
     leased_content: dict[str, set[str]] = field(default_factory=dict)
 
     @property
     def manifest(self) -> StageManifest:
-        """The stage trained in one piece."""
-        return self.offers[0].manifest
+        """The stage trained in one piece, on the run's first engine."""
+        return self.whole[self.offers[0].manifest.engine]
+
+    @property
+    def whole(self) -> dict[Engine, StageManifest]:
+        """The same for each engine that it is compiled for."""
+        manifests = [offer.manifest for offer in self.offers]
+        return {each.engine: each for each in manifests if each.variant == WHOLE.name}
 
 
 class Coordinator:
@@ -200,7 +207,7 @@ class Coordinator:
 
     def _begin(self, index: int) -> _StageProgress:
         """Publish a stage and take up where the ledger says it stands."""
-        prepared = self._schedule.prepare(index)
+        prepared = self._schedule.prepare(index, self._config.training.engines[0])
         pace = PaceController(self._config.pace, self._config.run.seed)
         weights_reference = store_arrays(self._weights, prepared.weights)
         progress = _StageProgress([self._offer(prepared)], pace, prepared.weights, weights_reference)
@@ -220,27 +227,37 @@ class Coordinator:
         return OfferedStage(prepared.manifest, self._gateway.content.offer(prepared.manifest.encode()))
 
     async def _offer_variants(self, index: int, progress: _StageProgress) -> None:
-        """Offer devices that cannot hold the stage in one piece the fastest variant that they can."""
-        if self._config.training.variants == "whole":
-            return
-        budgets = {
-            presence.memory_bytes
-            for presence in self._online()
-            if presence.samples and presence.memory_bytes < progress.manifest.planned.total
+        """Offer the stage to every engine there is, and devices that cannot hold it in one piece what they can."""
+        devices = [presence for presence in self._online() if presence.samples]
+        served = self._config.training.engines
+        wanted = {
+            (engine, presence.memory_bytes)
+            for presence in devices
+            for engine in [each for each in presence.engines if each in served][:1]
         }
-        for budget in sorted(budgets - progress.budgets, reverse=True):
-            progress.budgets.add(budget)
-            self._observer.on_note(
-                f"{progress.manifest.name}: looking for a variant within {format_size(budget)}"
-            )
-            prepared = await asyncio.to_thread(self._schedule.prepare_within, index, budget)
-            if prepared and prepared.manifest.variant not in [o.manifest.variant for o in progress.offers]:
-                progress.offers.append(self._offer(prepared))
-                planned = format_size(prepared.manifest.planned.total)
-                self._observer.on_note(
-                    f"{progress.manifest.name}: offering {prepared.manifest.variant}, which takes {planned}"
-                )
-        progress.offers.sort(key=lambda offer: -offer.manifest.planned.total)
+        for engine, budget in sorted(wanted - progress.budgets, key=lambda pair: -pair[1]):
+            progress.budgets.add((engine, budget))
+            if engine not in progress.whole:
+                self._observer.on_note(f"{progress.manifest.name}: compiling for {engine}")
+                whole = await asyncio.to_thread(self._schedule.prepare, index, engine)
+                progress.offers.append(self._offer(whole))
+            if budget < progress.whole[engine].planned.total and self._config.training.variants == "auto":
+                await self._offer_within(index, progress, engine, budget)
+        first = progress.offers[0].manifest.engine
+        progress.offers.sort(
+            key=lambda o: (o.manifest.engine != first, o.manifest.engine, -o.manifest.planned.total)
+        )
+
+    async def _offer_within(self, index: int, progress: _StageProgress, engine: Engine, budget: int) -> None:
+        """Offer the fastest variant for an engine that fits a budget, unless it is offered already."""
+        name = progress.manifest.name
+        self._observer.on_note(f"{name}: looking for a variant within {format_size(budget)}")
+        prepared = await asyncio.to_thread(self._schedule.prepare_within, index, engine, budget)
+        offered = [(offer.manifest.engine, offer.manifest.variant) for offer in progress.offers]
+        if prepared and (engine, prepared.manifest.variant) not in offered:
+            progress.offers.append(self._offer(prepared))
+            planned = format_size(prepared.manifest.planned.total)
+            self._observer.on_note(f"{name}: offering {prepared.manifest.variant}, which takes {planned}")
 
     async def _run_round(self, run: str, index: int, progress: _StageProgress) -> None:
         number = self._ledger.rounds()
@@ -344,6 +361,7 @@ class Coordinator:
             bytes_up=current.bytes_up,
             planned_bytes=progress.manifest.planned.total,
             variants=Counter(current.variants[device].manifest.variant for device in current.accepted_by),
+            engines=Counter(current.variants[device].manifest.engine for device in current.accepted_by),
             seconds=seconds,
         )
         self._folder.record(record)

@@ -85,6 +85,7 @@ class RoundRecord(_Record):
     bytes_up: Count
     planned_bytes: Count
     variants: dict[str, Count]
+    engines: dict[str, Count]
     seconds: float
 
 

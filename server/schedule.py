@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from frostline.exporter.stage import (
     statistics_tensors,
     trainable_tensors,
 )
+from frostline.exporter.targets import target_of
 from frostline.protocol.manifest import PlannedMemory, Program, StageManifest
+from frostline.protocol.messages import Engine
 from frostline.protocol.tensors import Array
 
 EVALUATION_BATCH = 256
@@ -61,10 +63,10 @@ class GrowingSchedule:
         self._cut = cut
         self._options = options
         self._stages = [build_stage(cut, index, seed) for index in range(len(cut.blocks))]
-        self._variants = [StageVariants(stage, options) for stage in self._stages]
+        self._variants: dict[tuple[int, Engine], StageVariants] = {}
         self._whole: PlannedMemory | None = None
-        self._prefix: list[Program] = []
-        self._prefix_files: dict[str, bytes] = {}
+        self._frozen = 0
+        self._prefixes: dict[tuple[int, Engine], tuple[Program, bytes]] = {}
         self._test = test
         self._features = torch.from_numpy(test.x) if test else None
 
@@ -77,7 +79,7 @@ class GrowingSchedule:
 
     def plan(self, index: int) -> PlannedMemory:
         """What training a stage in one piece takes on a device; compiles the stage on first use."""
-        return self._variants[index].compiled().manifest.planned
+        return self._compiled(index, self._options.target.engine).compiled().manifest.planned
 
     def plan_whole_model(self) -> PlannedMemory:
         """What training the whole model at once would take, by the same count."""
@@ -85,20 +87,39 @@ class GrowingSchedule:
             self._whole = plan_stage(build_whole_model(self._cut), self._options)
         return self._whole
 
-    def prepare(self, index: int) -> PreparedStage:
-        """The stage, trained in one piece, behind the blocks that are frozen by now."""
-        return self._prepared(index, self._variants[index].compiled())
+    def prepare(self, index: int, engine: Engine) -> PreparedStage:
+        """The stage for an engine, trained in one piece, behind the blocks that are frozen by now."""
+        return self._prepared(index, self._compiled(index, engine).compiled())
 
-    def prepare_within(self, index: int, budget: int) -> PreparedStage | None:
+    def prepare_within(self, index: int, engine: Engine, budget: int) -> PreparedStage | None:
         """The same in the fastest variant that fits a budget in bytes; None if none does. May compile some."""
-        compiled = self._variants[index].fastest(budget, self._prefix)
+        prefix = [program for program, _ in self._prefix(engine)]
+        compiled = self._compiled(index, engine).fastest(budget, prefix)
         return self._prepared(index, compiled) if compiled else None
+
+    def _compiled(self, index: int, engine: Engine) -> StageVariants:
+        """The variants of a stage for an engine; a stage is the same on all."""
+        key = index, engine
+        if key not in self._variants:
+            options = replace(self._options, target=target_of(engine))
+            self._variants[key] = StageVariants(self._stages[index], options)
+        return self._variants[key]
+
+    def _prefix(self, engine: Engine) -> list[tuple[Program, bytes]]:
+        """The frozen blocks for an engine."""
+        for index in range(self._frozen):
+            if (index, engine) not in self._prefixes:
+                compiled = compile_prefix(self._stages[index], self._options.batch, target_of(engine))
+                self._prefixes[index, engine] = compiled
+        return [self._prefixes[index, engine] for index in range(self._frozen)]
 
     def _prepared(self, index: int, compiled: CompiledStage) -> PreparedStage:
         stage = self._stages[index]
         weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
-        manifest = compiled.manifest.behind(self._prefix)
-        return PreparedStage(manifest, {**compiled.files, **self._prefix_files}, weights)
+        prefix = self._prefix(compiled.manifest.engine)
+        manifest = compiled.manifest.behind([program for program, _ in prefix])
+        files = {program.file.sha256: content for program, content in prefix}
+        return PreparedStage(manifest, {**compiled.files, **files}, weights)
 
     def accuracy(self, index: int, weights: Mapping[str, Array]) -> float | None:
         """Fraction of the held-out samples the stage classifies correctly; None without any."""
@@ -115,9 +136,8 @@ class GrowingSchedule:
         if index + 1 == len(self):
             self._cut.head.load_state_dict(stage.model.output_module.head.state_dict())
             return
-        program, content = compile_prefix(stage, self._options.batch)
-        self._prefix.append(program)
-        self._prefix_files[program.file.sha256] = content
+        self._frozen = index + 1
+        self._prefix(self._options.target.engine)
         if self._features is not None:
             self._features = self._forward(stage.model.block.eval(), self._features)
         load_tensors(self._stages[index + 1], {**trainable_tensors(stage), **statistics_tensors(stage)})

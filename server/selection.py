@@ -20,8 +20,12 @@ class OfferedStage:
 
 
 def fastest_admitted(presence: Presence, offers: Sequence[OfferedStage]) -> OfferedStage | None:
-    """The first of `offers`, fastest first, that a device can train; None if there is none."""
-    return next((offer for offer in offers if admits(presence, offer.manifest)), None)
+    """The first of `offers`, fastest first, that a device can train; None if there is none.
+
+    A device with several engines gets what is compiled for the one it names first.
+    """
+    admitted = [offer for offer in offers if admits(presence, offer.manifest)]
+    return min(admitted, key=lambda offer: presence.engines.index(offer.manifest.engine), default=None)
 
 
 def admits(presence: Presence, manifest: StageManifest) -> bool:

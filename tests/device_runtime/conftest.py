@@ -40,11 +40,13 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders whole and micro2: one tiny stage with group norm, trained in steps of four samples near what came."""
+    """For each engine the folders whole and micro2: one tiny stage, trained in steps of four samples near what came."""
     import torch
     from torch import nn
 
     from frostline.exporter.artifact import ExportOptions, arrays, compile_stage
+    from frostline.exporter.executorch_target import EXECUTORCH
+    from frostline.exporter.onnxruntime_target import ONNXRUNTIME
     from frostline.exporter.optimizer import SGD
     from frostline.exporter.output_module import OutputModule
     from frostline.exporter.stage import Stage, StageModel, trainable_tensors
@@ -56,10 +58,11 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     block = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, bias=False), nn.GroupNorm(2, 4), nn.ReLU())
     model = StageModel(block, OutputModule({}, nn.Sequential(nn.Flatten(), nn.Linear(36, 3))))
     stage = Stage(0, 1, "small", model, (1, 8, 8))
-    options = ExportOptions(4, 3, SGD(momentum=0.9, weight_decay=0.01, proximal=0.5))
+    optimizer = SGD(momentum=0.9, weight_decay=0.01, proximal=0.5)
     folder = tmp_path_factory.mktemp("variants")
-    for variant in (Variant(), Variant(2)):
-        compiled = compile_stage(stage, options, variant=variant)
-        weights = arrays(trainable_tensors(stage))
-        write_artifact(folder / variant.name, compiled.manifest, compiled.files, weights)
+    for target in (EXECUTORCH, ONNXRUNTIME):
+        for variant in (Variant(), Variant(2)):
+            compiled = compile_stage(stage, ExportOptions(4, 3, optimizer, target), variant=variant)
+            weights = arrays(trainable_tensors(stage))
+            write_artifact(folder / target.engine / variant.name, compiled.manifest, compiled.files, weights)
     return folder

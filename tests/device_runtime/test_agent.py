@@ -187,7 +187,7 @@ class Scene:
         self.server = Server(address, folder)
         self.workers = FakeWorkers()
         self.notes: list[str] = []
-        self.settings = DeviceSettings(DEVICE, "the data", PLANNED, folder / "state")
+        self.settings = DeviceSettings(DEVICE, "the data", PLANNED, folder / "state", ("executorch",))
         self.store = BlobStore(folder / "state" / "blobs")
 
     @asynccontextmanager
@@ -284,16 +284,16 @@ def test_a_stage_over_the_budget_is_refused_before_its_programs_are_fetched(
 
 
 def test_an_engine_that_is_not_installed_is_refused(
-    play: Callable[[Script], None], monkeypatch: pytest.MonkeyPatch
+    play: Callable[[Script], None],
 ) -> None:
-    monkeypatch.setattr("frostline.device_runtime.agent.available_engines", list)
-
     async def script(scene: Scene) -> None:
+        scene.settings = replace(scene.settings, engines=("onnxruntime",))
         scene.server.announce()
         async with scene.agent():
             scene.server.send(scene.server.lease())
-            assert await scene.answered() == [("refused", "engine 'executorch' is not installed here")]
-            assert scene.server.presences[-1].engines == []
+            fix = "pip install 'frostline[executorch]'"
+            assert await scene.answered() == [("refused", f"engine 'executorch' is not offered here: {fix}")]
+            assert scene.server.presences[-1].engines == ["onnxruntime"]
 
     play(script)
 

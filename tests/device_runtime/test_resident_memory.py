@@ -10,9 +10,12 @@ import pytest
 
 from frostline.exporter.artifact import ExportOptions, arrays, compile_stage
 from frostline.exporter.cutting import cut
+from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.models.lookup import build_model
+from frostline.exporter.onnxruntime_target import ONNXRUNTIME
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.stage import build_stage, statistics_tensors, trainable_tensors
+from frostline.exporter.target import Target
 from frostline.exporter.variant import WHOLE, Variant
 from frostline.protocol.artifact import write_artifact
 
@@ -35,13 +38,13 @@ def test_growth_is_the_highest_not_the_last() -> None:
     assert none < 5_000_000
 
 
-def write_stage(folder: Path, model: str, index: int, batch: int, variant: Variant) -> int:
+def write_stage(folder: Path, model: str, index: int, batch: int, variant: Variant, target: Target) -> int:
     """Compile a stage; returns its planned bytes."""
     spec = build_model(model, {}, None, 10)
     assert spec.default_blocks is not None
     parts = cut(spec.module, list(spec.default_blocks), spec.example(2))
     stage = build_stage(parts, index, 0)
-    compiled = compile_stage(stage, ExportOptions(batch, 10, SGD(momentum=0.9)), variant=variant)
+    compiled = compile_stage(stage, ExportOptions(batch, 10, SGD(momentum=0.9), target), variant=variant)
     weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
     write_artifact(folder, compiled.manifest, compiled.files, weights)
     return compiled.manifest.planned.total
@@ -49,15 +52,15 @@ def write_stage(folder: Path, model: str, index: int, batch: int, variant: Varia
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("index", "batch", "variant"),
-    [(0, 16, WHOLE), (3, 16, Variant(2))],
-    ids=["mostly activations", "mostly state, in micro-batches"],
+    ("index", "batch", "variant", "target"),
+    [(0, 16, WHOLE, EXECUTORCH), (3, 16, Variant(2), EXECUTORCH), (0, 16, Variant(2), ONNXRUNTIME)],
+    ids=["mostly activations", "mostly state, in micro-batches", "measured beforehand"],
 )
 def test_a_process_grows_by_the_planned_bytes(
-    tmp_path: Path, index: int, batch: int, variant: Variant
+    tmp_path: Path, index: int, batch: int, variant: Variant, target: Target
 ) -> None:
-    write_stage(tmp_path / "small", "small_cnn", 0, 4, WHOLE)
-    planned = write_stage(tmp_path / "large", "resnet10", index, batch, variant)
+    write_stage(tmp_path / "small", "small_cnn", 0, 4, WHOLE, target)
+    planned = write_stage(tmp_path / "large", "resnet10", index, batch, variant, target)
     assert planned > LARGE
     program = Path(__file__).with_name("train_stage.py")
     command = [sys.executable, str(program), str(tmp_path / "small"), str(tmp_path / "large")]

@@ -109,7 +109,7 @@ def test_the_update_is_the_new_minus_the_received_values(artifact: Path, tmp_pat
 def test_micro_batches_give_the_update_of_the_whole_batch(variants: Path, tmp_path: Path) -> None:
     samples, updates, metrics = make_samples(20), {}, {}
     for variant in ("whole", "micro2"):
-        device = prepare(variants / variant, tmp_path / variant, samples)
+        device = prepare(variants / "executorch" / variant, tmp_path / variant, samples)
         assert device.manifest.variant == variant
         found = train(replace(device.task, evaluate=True))
         updates[variant] = device.update()

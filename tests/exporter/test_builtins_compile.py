@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from frostline.device_runtime.executorch_engine import ExecuTorchProgram
+from frostline.device_runtime.onnx_program import OnnxProgram
 from frostline.exporter.artifact import ExportOptions, compile_prefix, compile_stage
 from frostline.exporter.cutting import cut
+from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.inputs import random_inputs
+from frostline.exporter.onnxruntime_target import ONNXRUNTIME
 from frostline.exporter.stage import build_stage
+from frostline.exporter.target import Target
 from tests.exporter.small_models import small_model
 
 BATCH = 3
@@ -24,16 +28,33 @@ BATCH = 3
         ("mobilenet_v2", ["block5.2", "block5"], 1),
     ],
 )
-def test_a_stage_trains_as_eager_pytorch_does(name: str, blocks: list[str], stage: int) -> None:
+@pytest.mark.parametrize("target", [EXECUTORCH, ONNXRUNTIME], ids=lambda target: target.engine)
+def test_a_stage_trains_as_eager_pytorch_does(
+    name: str, blocks: list[str], stage: int, target: Target
+) -> None:
     spec = small_model(name, classes=5)
     parts = cut(spec.module, blocks, spec.example(2), spec.vocabulary)
-    compiled = compile_stage(build_stage(parts, stage, seed=0), ExportOptions(BATCH, 5))
+    compiled = compile_stage(build_stage(parts, stage, seed=0), ExportOptions(BATCH, 5, target=target))
+    assert compiled.manifest.engine == target.engine
     assert compiled.parity.tensor_error < 1e-3
     given = compiled.manifest.training.inputs
     (x,) = (each for each in given if each.name == "x")
     vocabulary = spec.vocabulary if stage == 0 else None
     assert (x.dtype, x.vocabulary) == ("float32" if vocabulary is None else "int64", vocabulary)
     assert compiled.manifest.samples == x
+
+
+def test_the_onnx_prefix_takes_token_ids() -> None:
+    spec = small_model("text_transformer")
+    stage = build_stage(cut(spec.module, 2, spec.example(2), spec.vocabulary), 0, seed=0)
+    program, content = compile_prefix(stage, BATCH, ONNXRUNTIME)
+    assert (program.inputs[0].dtype, program.inputs[0].vocabulary) == ("int64", spec.vocabulary)
+    ids = random_inputs(BATCH, (6,), spec.vocabulary, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = stage.model.block(ids)
+    features = torch.zeros_like(want)
+    OnnxProgram(content, "prefix").run({"x": ids.numpy()}, {"features": features.numpy()})
+    torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_frozen_prefix_takes_token_ids() -> None:

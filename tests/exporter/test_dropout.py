@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from frostline.device_runtime.engine import TrainingSession, open_runtime
 from frostline.exporter.artifact import CompiledStage, ExportOptions, arrays, compile_stage
 from frostline.exporter.dropout import SeededDropout
+from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.output_module import OutputModule
 from frostline.exporter.parity import train_eagerly
@@ -84,7 +85,7 @@ class Traced:
 
     def __init__(self, stage: Stage, variant: Variant = WHOLE) -> None:
         stage.model.double()
-        self.state: StageState = initial_state(stage, OPTIMIZER, variant)
+        self.state: StageState = initial_state(stage, OPTIMIZER, variant, EXECUTORCH.layout(stage.model))
         self._parts = variant.micro_batches
         self._calls = 0
         x, y = (each[: BATCH // self._parts] for each in _batch(stage, 99))
@@ -131,7 +132,7 @@ def test_the_step_is_that_of_eager_pytorch_with_the_same_seeds(
     assert losses == pytest.approx(want_losses)
     for name, held in traced.state.parameters.items():
         torch.testing.assert_close(
-            stage.layout.model(name, held), want[name], msg=lambda t, name=name: f"{name}: {t}"
+            traced.state.layout.model(name, held), want[name], msg=lambda t, name=name: f"{name}: {t}"
         )
 
 

@@ -34,7 +34,7 @@ def model() -> nn.Module:
 
 
 def test_only_kernels_of_convolutions_are_held_in_another_order(model: nn.Module) -> None:
-    layout = Layout.of(model)
+    layout = Layout.channels_last(model)
     kernels = ("0.weight", "2.weight", "3.0.weight")
     assert dict(layout.axes) == dict.fromkeys(kernels, (0, 2, 3, 1))
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -49,7 +49,7 @@ def test_only_kernels_of_convolutions_are_held_in_another_order(model: nn.Module
 def test_kernels_are_held_with_channels_last_and_come_back(
     convolution: nn.Module, axes: tuple[int, ...], memory: torch.memory_format
 ) -> None:
-    layout = Layout.of(nn.Sequential(convolution))
+    layout = Layout.channels_last(nn.Sequential(convolution))
     assert dict(layout.axes) == {"0.weight": axes}
     weight: Tensor = convolution.get_parameter("weight").detach()
     if weight.dim() == 4:
@@ -66,7 +66,7 @@ def test_kernels_are_held_with_channels_last_and_come_back(
 
 def test_held_tensors_are_copies_and_views_of_them_differentiable() -> None:
     convolution = nn.Conv2d(2, 3, 2)
-    layout = Layout.of(nn.Sequential(convolution))
+    layout = Layout.channels_last(nn.Sequential(convolution))
     held = layout.held("0.weight", convolution.weight.detach())
     assert held.data_ptr() != convolution.weight.data_ptr()
     leaf = held.requires_grad_()

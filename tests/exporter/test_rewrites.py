@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.cutting import cut
+from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.models.lookup import build_model
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.rewrites import activation, convolution, normalization, pooling
@@ -696,7 +697,7 @@ def test_a_residual_stage_is_never_turned(index: int, norm: str) -> None:
     spec = build_model("resnet10", options, seed=0)
     stage = build_stage(cut(spec.module, 2, torch.zeros(2, *spec.input_shape)), index, seed=0)
     optimizer = SGD(momentum=0.9)
-    state = initial_state(stage, optimizer)
+    state = initial_state(stage, optimizer, layout=EXECUTORCH.layout(stage.model))
     x, y = torch.zeros(4, *stage.input_shape), torch.zeros(4, dtype=torch.int64)
     training = trace_training_step(stage, optimizer, state, x, y, rewrite_for_executorch).graph_module
     evaluation = trace_evaluation(stage, state, x, rewrite_for_executorch).graph_module

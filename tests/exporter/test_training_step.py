@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frostline.exporter import layout
+from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
 from frostline.exporter.output_module import OutputModule
 from frostline.exporter.rewrites.executorch import rewrite_for_executorch
@@ -77,14 +78,14 @@ def _values(state: StageState) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.by_name.items()}
 
 
-def _in_model_order(stage: Stage, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_model_order(order: layout.Layout, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kinds = ("momentum.", "mean.", "square.")
 
     def of_model(name: str) -> str:
         kind = next((kind for kind in kinds if name.startswith(kind)), "")
         return name.removeprefix(kind)
 
-    return {name: stage.layout.model(of_model(name), value) for name, value in held.items()}
+    return {name: order.model(of_model(name), value) for name, value in held.items()}
 
 
 def _floats(model: nn.Module) -> dict[str, Tensor]:
@@ -108,7 +109,7 @@ class _Compiled:
 
     def __init__(self, stage: Stage, optimizer: Optimizer, variant: Variant = WHOLE) -> None:
         self._variant = variant
-        self.state = initial_state(stage, optimizer, variant)
+        self.state = initial_state(stage, optimizer, variant, EXECUTORCH.layout(stage.model))
         x, y = (each[: BATCH // variant.micro_batches] for each in _batch(stage, 99))
         if variant.micro_batches == 1:
             self.training = trace_training_step(
@@ -135,7 +136,7 @@ class _Compiled:
         return torch.stack(losses).mean(), right
 
     def trained(self, stage: Stage) -> dict[str, Tensor]:
-        return _in_model_order(stage, {**self.state.parameters, **self.state.statistics})
+        return _in_model_order(self.state.layout, {**self.state.parameters, **self.state.statistics})
 
 
 class _Eager:
@@ -222,7 +223,7 @@ def test_steps_equal_those_of_torch(stage: Stage, optimizer: Optimizer, variant:
     kept = {n: v for n, v in compiled.state.optimizer_state.items() if not n.startswith("gradient.")}
     if isinstance(optimizer, AdamW):
         assert float(kept.pop("steps")) == STEPS
-    _assert_same(_in_model_order(stage, kept), eager.state)
+    _assert_same(_in_model_order(compiled.state.layout, kept), eager.state)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -234,8 +235,8 @@ def test_kernels_in_tiles_train_as_those_of_torch(
     monkeypatch.setattr(layout, "TILED_CHANNELS", 2)
     torch.manual_seed(1)
     stage, optimizer = _stage(nn.GroupNorm(2, 4)), OPTIMIZERS[name]
-    assert stage.layout.tiled == {"block.0.weight"}
     compiled, eager = _Compiled(stage, optimizer, variant), _Eager(stage, optimizer)
+    assert compiled.state.layout.tiled == {"block.0.weight"}
     assert "block.0.weight" not in compiled.training.inputs
     for seed in range(STEPS):
         batch = _batch(stage, seed)

@@ -57,7 +57,8 @@ def _tensors() -> list[dict[str, object]]:
 
 
 def _manifest() -> StageManifest:
-    kernel = TensorSpec(name="block.weight", shape=(4, 3, 3, 4), model_axes=(0, 2, 3, 1))
+    kernel = TensorSpec(name="block.weight", shape=(4, 4, 3, 3), held_axes=(0, 2, 3, 1))
+    held = TensorSpec(name="block.weight", shape=(4, 3, 3, 4))
     weight = TensorSpec(name="head.weight", shape=(10, 64))
     mean = TensorSpec(name="norm.running_mean", shape=(4,))
     momentum = [
@@ -89,7 +90,7 @@ def _manifest() -> StageManifest:
         training=Program(
             file=BlobReference(sha256="11" * 32, size=40_960),
             inputs=[
-                kernel,
+                held,
                 weight,
                 mean,
                 momentum[0],
@@ -104,13 +105,13 @@ def _manifest() -> StageManifest:
         ),
         update=Program(
             file=BlobReference(sha256="44" * 32, size=5_120),
-            inputs=[kernel, weight, *momentum, rate],
+            inputs=[held, weight, *momentum, rate],
             outputs=[rate],
             arena_bytes=4_096,
         ),
         evaluation=Program(
             file=BlobReference(sha256="22" * 32, size=20_480),
-            inputs=[kernel, weight, mean, features],
+            inputs=[held, weight, mean, features],
             outputs=[TensorSpec(name="logits", shape=(8, 10))],
             arena_bytes=32_768,
         ),

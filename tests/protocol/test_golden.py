@@ -33,7 +33,7 @@ CHUNKS = [
     "4bd515be315046716e9ee4f36aa67051080e122a1eececa2708739e6fa5860ab",
     "110a348438ce4c5e8904fb58140ceed07452d0857cc482aa6e52e711d013bb8e",
 ]
-MANIFEST = "ec071073b9967b4af49ede37298ae6172eeeb5ace233604fb7a44dfa06015886"
+MANIFEST = "11c6f093b301426a2a828584ecd3622fef4408d724d3074d9ae5a2eb4ebbf9d4"
 INDEX = {"sha256": CONTENT, "size": 1100, "chunk_size": 1024, "chunks": CHUNKS}
 VALUES: dict[str, dict[str, Any]] = {
     "RunAnnouncement": {
@@ -69,7 +69,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "run": RUN,
         "lease": LEASE,
         "round": 3,
-        "manifest": {"sha256": MANIFEST, "size": 6862},
+        "manifest": {"sha256": MANIFEST, "size": 6750},
         "weights": {"sha256": CONTENT, "size": 1100},
         "epochs": 2,
         "learning_rate": 0.05,
@@ -211,7 +211,7 @@ def test_the_manifest_has_the_documented_hash_and_values() -> None:
     assert (manifest.variant, manifest.micro_batches, manifest.micro_batch) == ("micro2+recompute", 2, 8)
     assert manifest.input_shape == (4, 4, 4)
     assert manifest.sample_shape == (1, 8, 8)
-    assert [(spec.name, spec.model_axes) for spec in manifest.trained] == [
+    assert [(spec.name, spec.held_axes) for spec in manifest.trained] == [
         ("block.weight", (0, 2, 3, 1)),
         ("head.weight", None),
         ("norm.running_mean", None),

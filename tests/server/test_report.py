@@ -51,6 +51,7 @@ def sample_records(stages: int = 3, rounds: int = 8, accuracy: bool = True) -> l
             bytes_up=640_000,
             planned_bytes=1_500_000 - 300_000 * stage,
             variants={"whole": 2, "micro4": 1},
+            engines={"executorch": 3},
             seconds=3.2,
         )
         for stage in range(stages)

@@ -34,6 +34,7 @@ def round_record(number: int, **changes: object) -> RoundRecord:
         "bytes_up": 3000,
         "planned_bytes": 250_000,
         "variants": {"whole": 3},
+        "engines": {"executorch": 3},
         "seconds": 1.5,
     }
     return RoundRecord.model_validate(fields | changes)

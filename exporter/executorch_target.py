@@ -1,0 +1,68 @@
+"""Compiling for ExecuTorch: phones and boards, every byte of memory planned beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx, nn
+
+from frostline.exporter.executorch_lowering import lower_delegated, lower_portable, quiet, run_program
+from frostline.exporter.layout import Layout
+from frostline.exporter.rewrites.executorch import rewrite_for_executorch
+from frostline.exporter.target import LoweredProgram, Run
+from frostline.exporter.tiles import pick
+from frostline.exporter.training_step import TracedProgram
+from frostline.protocol.messages import Engine
+
+
+class ExecuTorchTarget:
+    """Programs for ExecuTorch's portable runtime, which write their arguments in place; frozen blocks for XNNPACK.
+
+    Parameters
+    ----------
+    tiled : bool
+        Whether large kernels are passed to programs in tiles.
+    """
+
+    engine: Engine = "executorch"
+    writes_in_place = True
+
+    def __init__(self, *, tiled: bool = True) -> None:
+        self._tiled = tiled
+
+    def layout(self, model: nn.Module) -> Layout:
+        """Channels last, large kernels in tiles."""
+        return Layout.channels_last(model, tiled=self._tiled)
+
+    def rewrite(self, graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
+        """In the operators whose portable kernels are fast."""
+        return rewrite_for_executorch(graph, arguments)
+
+    def lower(
+        self, program: TracedProgram, tensors: Mapping[str, Tensor], results: Sequence[str]
+    ) -> LoweredProgram:
+        """A program whose arena is planned by ExecuTorch."""
+        lowered = lower_portable(program, program.arguments(tensors))
+        return LoweredProgram(lowered.content, program.inputs, lowered.arena_bytes)
+
+    def lower_frozen(self, block: nn.Module, x: Tensor) -> LoweredProgram:
+        """A program delegated to XNNPACK where it can be."""
+        lowered = lower_delegated(block, [x])
+        return LoweredProgram(lowered.content, ("x",), lowered.arena_bytes)
+
+    def load(self, program: LoweredProgram) -> Run:
+        """The program in the portable runtime."""
+        with quiet():
+            from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+
+            module = _load_for_executorch_from_buffer(program.content)
+
+        def run(tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+            with quiet():
+                # The program is read in place: `program` is kept as long as `run` is.
+                return run_program(module, [pick(tensors, name) for name in program.inputs])
+
+        return run
+
+
+EXECUTORCH = ExecuTorchTarget()

@@ -1,0 +1,136 @@
+"""Lowering of traced programs to ONNX.
+
+A program in ONNX writes nothing: the new values of what it would write are outputs, named for the inputs they follow.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+from onnx import helper
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from frostline.exporter.executorch_lowering import UnsupportedOperators
+from frostline.exporter.onnx_operators.graph import ELEMENT_TYPES, OnnxGraph, Value
+from frostline.exporter.onnx_operators.table import OPERATORS
+from frostline.exporter.training_step import TracedProgram
+from frostline.protocol.manifest import NEW
+
+OPSET = 18
+"""The first with reductions in scatters, and read by every ONNX Runtime since 1.14 (February 2023)."""
+
+IR_VERSION = 8
+"""The one that came with the operator set."""
+
+NO_OPERATOR = "ONNX has no operator for it"
+
+
+def lower_to_onnx(program: TracedProgram, arguments: Sequence[Tensor], results: Sequence[str]) -> bytes:
+    """Write a traced program as an ONNX model.
+
+    Its inputs are the program's, by name and in order. Its outputs are what the program returns, named `results`, then
+    `new.<input>` for each input that it writes.
+
+    Raises
+    ------
+    UnsupportedOperators
+        If ONNX cannot say some operators.
+    """
+    graph = program.graph_module
+    emitter = _Emitter(graph, dict(zip(_placeholders(graph), program.inputs, strict=True)))
+    values = emitter.run(*arguments)
+    named = [*(NEW + name for name in program.written), *results]
+    outputs = [emitter.named(value, name) for value, name in zip(values, named, strict=True)]
+    written = len(program.written)
+    inputs = [
+        _described(Value(n, tuple(t.shape), t.dtype)) for n, t in zip(program.inputs, arguments, strict=True)
+    ]
+    return _serialized(
+        emitter.onnx_graph, inputs, [_described(v) for v in outputs[written:] + outputs[:written]]
+    )
+
+
+def _placeholders(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def _described(value: Value) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(value.name, ELEMENT_TYPES[value.dtype], value.shape)
+
+
+def _serialized(
+    graph: OnnxGraph, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
+) -> bytes:
+    whole = helper.make_graph(graph.finished(), "program", inputs, outputs, graph.constants)
+    model = helper.make_model(
+        whole,
+        producer_name="frostline",
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+    )
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+class _Emitter(fx.Interpreter):
+    """Interprets a graph over names: each operator adds its nodes."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: Mapping[str, str]) -> None:
+        super().__init__(graph)
+        self.onnx_graph = OnnxGraph()
+        self._inputs = inputs
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Add a node's ONNX nodes; what it returns is known from the trace."""
+        self._result: Any = n.meta.get("val")
+        return super().run_node(n)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Value:
+        """An input."""
+        argument = super().placeholder(target, args, kwargs)
+        return Value(self._inputs[target], tuple(argument.shape), argument.dtype)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Value:
+        """A tensor with fixed values."""
+        tensor = super().get_attr(target, args, kwargs)
+        return Value(self.onnx_graph.constant(tensor), tuple(tensor.shape), tensor.dtype)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An operator."""
+        if target is operator.getitem:
+            return args[0][args[1]]
+        options = {name: value for name, value in kwargs.items() if name not in _PLACEMENT}
+        emit = OPERATORS.get(target)
+        made = NotImplemented if emit is None else emit(self.onnx_graph, self._result, *args, **options)
+        if made is NotImplemented:
+            raise UnsupportedOperators([_name(target)], NO_OPERATOR)
+        if isinstance(made, str):
+            return _standing_for(made, self._result)
+        return [
+            None if name is None else _standing_for(name, each)
+            for name, each in zip(made, self._result, strict=False)
+        ]
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> list[Value]:
+        """The graph's results."""
+        return list(pytree.tree_leaves(args))
+
+    def named(self, value: Value, name: str) -> Value:
+        """The same value under a name of its own."""
+        self.onnx_graph.returned(value, name)
+        return Value(name, value.shape, value.dtype)
+
+
+_PLACEMENT = {"device", "layout", "memory_format", "pin_memory"}
+
+
+def _standing_for(name: str, result: Tensor) -> Value:
+    return Value(name, tuple(result.shape), result.dtype)
+
+
+def _name(target: Any) -> str:
+    return target._schema.name.replace("::", ".") if isinstance(target, OpOverload) else str(target)

@@ -1,0 +1,1 @@
+"""For each ATen operator the ONNX nodes that compute it."""

@@ -1,0 +1,111 @@
+"""An ONNX graph under construction, and the tensors in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+ELEMENT_TYPES: dict[torch.dtype, int] = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float64: TensorProto.DOUBLE,
+    torch.int32: TensorProto.INT32,
+    torch.int64: TensorProto.INT64,
+    torch.bool: TensorProto.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph, by its name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def dim(self) -> int:
+        """How many axes it has."""
+        return len(self.shape)
+
+
+Name = str
+Operand = Value | Name | None
+
+
+class OnnxGraph:
+    """Nodes and constants in the order they are added; every value has a name of its own."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self._names: dict[tuple[Any, ...], Name] = {}
+        self._count = 0
+        self._made: set[Name] = set()
+        self._outputs: dict[Name, Name] = {}
+
+    def add(self, operator: str, *operands: Operand, **attributes: Any) -> Name:
+        """A node with one result, whose name is returned; None stands for an optional input left out."""
+        return self.add_several(operator, operands, 1, **attributes)[0]
+
+    def add_several(
+        self, operator: str, operands: Sequence[Operand], results: int, **attributes: Any
+    ) -> list[Name]:
+        """A node with several results."""
+        inputs = [each.name if isinstance(each, Value) else each or "" for each in operands]
+        outputs = [self._name() for _ in range(results)]
+        self.nodes.append(helper.make_node(operator, inputs, outputs, **attributes))
+        self._made.update(outputs)
+        return outputs
+
+    def constant(self, tensor: Tensor) -> Name:
+        """A tensor whose values are fixed; equal ones are stored once."""
+        array = tensor.detach().contiguous().numpy()
+        key = (array.tobytes(), array.dtype.str, array.shape)
+        if key not in self._names:
+            name = self._names[key] = self._name()
+            self.constants.append(
+                numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+            )
+        return self._names[key]
+
+    def scalar(self, value: float, dtype: torch.dtype) -> Name:
+        """A number as a tensor without axes."""
+        return self.constant(torch.tensor(value, dtype=dtype))
+
+    def integers(self, values: Sequence[int]) -> Name:
+        """Sizes, axes or places, as many operators take them."""
+        return self.constant(torch.tensor(list(values), dtype=torch.int64))
+
+    def reshaped(self, operand: Value | Name, shape: Sequence[int]) -> Name:
+        """The same values in another shape."""
+        return self.add("Reshape", operand, self.integers(shape), allowzero=1)
+
+    def cast(self, operand: Value | Name, dtype: torch.dtype) -> Name:
+        """The same values in another dtype."""
+        return self.add("Cast", operand, to=ELEMENT_TYPES[dtype])
+
+    def returned(self, value: Value, name: Name) -> None:
+        """Make a value an output of the graph by a name of its own."""
+        made = value.name in self._made and value.name not in self._outputs
+        if made:
+            self._outputs[value.name] = name
+        else:
+            # An input, a constant, or an output already.
+            self.nodes.append(helper.make_node("Identity", [value.name], [name]))
+
+    def finished(self) -> list[onnx.NodeProto]:
+        """The nodes, with the outputs' names."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [self._outputs.get(name, name) for name in names]
+        return self.nodes
+
+    def _name(self) -> Name:
+        self._count += 1
+        return f"v{self._count}"

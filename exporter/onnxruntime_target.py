@@ -1,0 +1,86 @@
+"""Compiling for ONNX Runtime: boards that have NumPy and a plain `onnxruntime`, and no PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from frostline.exporter.layout import MODEL_ORDER, Layout
+from frostline.exporter.onnx_lowering import lower_to_onnx
+from frostline.exporter.rewrites.onnxruntime import rewrite_for_onnxruntime
+from frostline.exporter.target import LoweredProgram, Run
+from frostline.exporter.training_step import TracedProgram
+from frostline.protocol.errors import RunError
+from frostline.protocol.manifest import NEW
+from frostline.protocol.messages import Engine
+from frostline.protocol.tensors import Array
+
+
+class OnnxRuntimeTarget:
+    """Programs in plain ONNX, which return the new values of what they would write."""
+
+    engine: Engine = "onnxruntime"
+    writes_in_place = False
+
+    def layout(self, model: nn.Module) -> Layout:
+        """The model's own order: it is that of ONNX."""
+        return MODEL_ORDER
+
+    def rewrite(self, graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
+        """In the operators that can be said in ONNX."""
+        return rewrite_for_onnxruntime(graph, arguments)
+
+    def lower(
+        self, program: TracedProgram, tensors: Mapping[str, Tensor], results: Sequence[str]
+    ) -> LoweredProgram:
+        """A program whose memory is measured, since ONNX Runtime finds its own when it runs."""
+        content = lower_to_onnx(program, program.arguments(tensors), results)
+        return LoweredProgram(content, program.inputs, _measured_arena(content), program.written)
+
+    def lower_frozen(self, block: nn.Module, x: Tensor) -> LoweredProgram:
+        """A program with constant weights, which ONNX Runtime rearranges for the processor when it loads."""
+
+        def forward(x: Tensor) -> list[Tensor]:
+            return [block(x)]
+
+        with torch.no_grad():
+            traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        program = TracedProgram(rewrite_for_onnxruntime(traced, [x]), ["x"], [])
+        return self.lower(program, {"x": x}, ["features"])
+
+    def load(self, program: LoweredProgram) -> Run:
+        """The program in the ONNX Runtime that is installed here."""
+        from frostline.device_runtime.onnx_program import OnnxProgram
+
+        loaded = OnnxProgram(program.content, "lowered")
+
+        def run(tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+            outputs: dict[str, Array] = {
+                name: np.zeros(shape, dtype) for name, (shape, dtype) in loaded.outputs.items()
+            }
+            loaded.run({name: tensors[name].numpy() for name in program.inputs}, outputs)
+            for name in program.inputs:
+                if NEW + name in outputs:
+                    tensors[name].copy_(torch.from_numpy(outputs.pop(NEW + name)))
+            return [torch.from_numpy(value) for value in outputs.values()]
+
+        return run
+
+
+def _measured_arena(content: bytes) -> int:
+    """Bytes by which a process grows that loads and runs a program, beside the arrays it is given."""
+    command = [sys.executable, "-m", "frostline.device_runtime.onnx_memory"]
+    measured = subprocess.run(command, input=content, capture_output=True, check=False)
+    if measured.returncode:
+        reason = measured.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise RunError(f"ONNX Runtime cannot run the program: {reason}")
+    return int(measured.stdout)
+
+
+ONNXRUNTIME = OnnxRuntimeTarget()

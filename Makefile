@@ -1,6 +1,7 @@
 # make venv    the development environment, in .venv
 # make demo    install, then train a model on an emulated fleet, end to end
 # make test    install, then lint, type-check and run every test
+# make onnxruntime-training    the engine of that name, in a folder of its own
 # make bench   every benchmark, as tables
 # make lint    format check, lint, types, layers
 
@@ -11,7 +12,11 @@ ROOMS := cli datasets device_runtime emulator exporter protocol server
 # One thread a process: the ExecuTorch runtime is 40 to 80 times slower on contended cores otherwise.
 export OMP_NUM_THREADS := 1
 
-.PHONY: venv demo test bench lint clean
+# The package takes the place of onnxruntime, so it gets a folder of its own: PYTHONPATH=build/onnxruntime-training.
+# 1.19.2 is the last release; it has wheels for x86-64 and Python up to 3.11.
+ORT_TRAINING := build/onnxruntime-training
+
+.PHONY: venv demo test bench lint clean onnxruntime-training
 
 venv: $(VENV)/.installed
 
@@ -20,13 +25,19 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+onnxruntime-training: $(ORT_TRAINING)/.installed
+
+$(ORT_TRAINING)/.installed: venv
+	-$(BIN)/python -m pip install --quiet --no-deps --target $(ORT_TRAINING) onnxruntime-training-cpu==1.19.2
+	mkdir -p $(ORT_TRAINING) && touch $@
+
 demo: venv
 	$(BIN)/frostline emulate --config examples/quickstart.toml
 
 # Tests that compute and nothing else, so two files at a time; the others run servers and brokers against the clock.
 PARALLEL := tests/exporter tests/end_to_end/test_bad_input.py
 
-test: lint
+test: lint onnxruntime-training
 	$(BIN)/pytest -n 2 --dist loadfile $(PARALLEL)
 	$(BIN)/pytest $(addprefix --ignore=,$(PARALLEL))
 

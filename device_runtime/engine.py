@@ -103,6 +103,10 @@ def open_runtime(engine: Engine) -> Runtime:
         from frostline.device_runtime.executorch_engine import ExecuTorchRuntime
 
         return ExecuTorchRuntime()
+    if engine == "onnxruntime-training":
+        from frostline.device_runtime.onnxruntime_training_engine import OnnxRuntimeTraining
+
+        return OnnxRuntimeTraining()
     from frostline.device_runtime.onnxruntime_engine import OnnxRuntime
 
     return OnnxRuntime()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.inputs import zero_inputs
 from frostline.exporter.layout import Layout
+from frostline.exporter.onnxruntime_training_target import OnnxRuntimeTrainingTarget
 from frostline.exporter.optimizer import SGD, Optimizer
-from frostline.exporter.parity import Parity, check_parity
+from frostline.exporter.parity import Parity, check_parity, train_lowered
 from frostline.exporter.stage import Stage
 from frostline.exporter.support import check_dtypes, explain
 from frostline.exporter.target import LoweredProgram, Target
@@ -92,13 +94,19 @@ def compile_stage(
     RunError
         If the programs cannot be lowered, or do not train as eager PyTorch does.
     """
+    if isinstance(options.target, OnnxRuntimeTrainingTarget):
+        # It builds on this module.
+        from frostline.exporter.onnxruntime_training_artifact import compile_artifacts
+
+        return compile_artifacts(stage, options, prefix, variant)
     tensors = StageTensors.of(stage, options, variant)
     with _explained(stage):
         programs = _LoweredStage(
             *_lower_training(stage, options, tensors, variant),
             evaluation=_lower_evaluation(stage, options, tensors),
         )
-        parity = check_parity(stage, programs.training, programs.update, tensors, options)
+        train = partial(train_lowered, options.target, programs.training, programs.update, tensors)
+        parity = check_parity(stage, options, variant.micro_batches, train)
     manifest = _manifest(stage, options, variant, prefix, tensors, programs)
     contents = {reference_to(p.content).sha256: p.content for p in programs.all}
     return CompiledStage(manifest, contents, parity)
@@ -106,6 +114,8 @@ def compile_stage(
 
 def plan_stage(stage: Stage, options: ExportOptions, variant: Variant = WHOLE) -> PlannedMemory:
     """What training a stage takes, without an artifact to show for it: evaluation needs no more than training."""
+    if isinstance(options.target, OnnxRuntimeTrainingTarget):
+        return compile_stage(stage, options, variant=variant).manifest.planned
     tensors = StageTensors.of(stage, options, variant)
     with _explained(stage):
         return _planned(_lower_training(stage, options, tensors, variant), tensors)

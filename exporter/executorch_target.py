@@ -26,6 +26,7 @@ class ExecuTorchTarget:
 
     engine: Engine = "executorch"
     writes_in_place = True
+    recomputes = True
 
     def __init__(self, *, tiled: bool = True) -> None:
         self._tiled = tiled

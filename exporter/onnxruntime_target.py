@@ -27,6 +27,7 @@ class OnnxRuntimeTarget:
 
     engine: Engine = "onnxruntime"
     writes_in_place = False
+    recomputes = True
 
     def layout(self, model: nn.Module) -> Layout:
         """The model's own order: it is that of ONNX."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,32 +47,42 @@ class Parity:
     tensor_error: float
 
 
+Steps = Sequence[Sequence[Batch]]
+"""The micro-batches of each step."""
+
+
 def check_parity(
     stage: Stage,
-    training: LoweredProgram,
-    update: LoweredProgram | None,
-    tensors: StageTensors,
     options: ExportOptions,
+    micro_batches: int,
+    train: Callable[[Steps], tuple[list[float], Mapping[str, Tensor]]],
 ) -> Parity:
     """Train the same random batches in the runtime and in eager PyTorch, and compare all that changed.
+
+    Parameters
+    ----------
+    train : callable
+        Trains in the runtime at `LEARNING_RATE`, the seeds of dropout 0, 1, 2 ...; the loss of each step, and the
+        parameters and statistics in the model's order.
 
     Raises
     ------
     RunError
         Naming the stage and the tensor that differs most.
     """
-    count = options.batch // len(tensors.x)
     batches = [_random_batch(stage, options, seed) for seed in range(STEPS)]
-    parts = [list(zip(x.chunk(count), y.chunk(count), strict=True)) for x, y in batches]
-    losses, trained = _run(options.target, training, update, tensors, parts)
-    want_losses, want, moved, gradient_norms = train_eagerly(stage, options.optimizer, parts, LEARNING_RATE)
+    parts = [list(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)) for x, y in batches]
+    losses, trained = train(parts)
+    each, want, moved, gradient_norms = train_eagerly(stage, options.optimizer, parts, LEARNING_RATE)
+    want_losses = [
+        sum(each[i : i + micro_batches]) / micro_batches for i in range(0, len(each), micro_batches)
+    ]
     unmoved = VANISHING * max(gradient_norms.values())
     loss_error = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, want_losses, strict=True))
     errors = {}
-    for name, held in trained.items():
+    for name, value in trained.items():
         if gradient_norms.get(name, unmoved) < unmoved:
             continue
-        value = tensors.state.layout.model(name, held)
         # A tensor whose gradient vanishes (a bias before a norm) or is clipped moves by little more than rounding, which
         # is 6e-8 of its value a step: a floor for it.
         scale = max(float(moved[name].norm()), 2e-4 * float(want[name].norm()), 1e-6)
@@ -93,26 +103,32 @@ def _random_batch(stage: Stage, options: ExportOptions, seed: int) -> Batch:
     return x, torch.randint(0, options.classes, (options.batch,), generator=random)
 
 
-def _run(
+def train_lowered(
     target: Target,
     training: LoweredProgram,
     update: LoweredProgram | None,
     tensors: StageTensors,
-    batches: Sequence[Sequence[Batch]],
+    batches: Steps,
 ) -> tuple[list[float], dict[str, Tensor]]:
+    """Train by lowered programs, as `check_parity` asks for."""
     held = {name: tensor.clone() for name, tensor in tensors.state.by_name.items()}
     held["learning_rate"] = torch.tensor(LEARNING_RATE)
     losses: list[float] = []
+    calls = 0
     run_training = target.load(training)
     run_update = target.load(update) if update else None
     for parts in batches:
+        loss = 0.0
         for index, (x, y) in enumerate(parts):
-            first, seed = torch.tensor(float(index == 0)), torch.tensor(float(len(losses)))
+            first, seed = torch.tensor(float(index == 0)), torch.tensor(float(calls))
             held |= {"x": x, "y": y, "first": first, "seed": seed}
-            losses.append(float(run_training(held)[0]))
+            loss += float(run_training(held)[0]) / len(parts)
+            calls += 1
+        losses.append(loss)
         if run_update is not None:
             run_update(held)
-    return losses, {name: held[name] for name in [*tensors.state.parameters, *tensors.state.statistics]}
+    state = tensors.state
+    return losses, {n: state.layout.model(n, held[n]) for n in [*state.parameters, *state.statistics]}
 
 
 def train_eagerly(

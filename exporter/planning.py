@@ -76,7 +76,7 @@ class StageVariants:
 
     def fastest(self, budget: int, prefix: Sequence[Program] = ()) -> CompiledStage | None:
         """The stage, behind these frozen blocks, in the fastest variant that fits a budget in bytes; None if none does."""
-        for variant in variants_of(self._options.batch):
+        for variant in _variants(self._options):
             # Tracing takes its time; adding up the state takes none.
             if _planned_state(self._stage, self._options, variant).total > budget:
                 continue
@@ -183,11 +183,11 @@ class BudgetPlanner:
     @staticmethod
     def _smallest(stage: Stage, options: ExportOptions) -> PlannedMemory:
         """The least any variant takes, by estimate."""
-        *_, last = variants_of(options.batch)
+        *_, last = _variants(options)
         # More parts take less, unless the gradients they accumulate need memory of their own.
         candidates = [last]
         if _planned_state(stage, options, last).total > _planned_state(stage, options, WHOLE).total:
-            candidates.append(Variant(recompute=True))
+            candidates.append(Variant(recompute=options.target.recomputes))
         return min((estimate_stage(stage, options, v) for v in candidates), key=lambda planned: planned.total)
 
     def _explain(self, misfit: _Misfit) -> str:
@@ -231,6 +231,11 @@ def balanced_cuts(spec: ModelSpec, batch: int) -> Iterator[CutModel]:
             yield cut(spec.module, count, spec.example(batch), spec.vocabulary)
         except UsageError:
             return
+
+
+def _variants(options: ExportOptions) -> list[Variant]:
+    """Those that the target has, fastest first."""
+    return [each for each in variants_of(options.batch) if options.target.recomputes or not each.recompute]
 
 
 def _blocks(count: int) -> str:

@@ -45,10 +45,13 @@ class Target(Protocol):
         The engine that devices need.
     writes_in_place : bool
         Whether its programs write their arguments; if not, a device holds those twice.
+    recomputes : bool
+        Whether it has variants with recomputation.
     """
 
     engine: Engine
     writes_in_place: bool
+    recomputes: bool
 
     def layout(self, model: nn.Module) -> Layout:
         """The order in which devices hold the tensors of a stage's model."""

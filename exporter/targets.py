@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.onnxruntime_target import ONNXRUNTIME
+from frostline.exporter.onnxruntime_training_target import ONNXRUNTIME_TRAINING
 from frostline.exporter.target import Target
 from frostline.protocol.errors import UsageError
 from frostline.protocol.messages import Engine
 
-_TARGETS: tuple[Target, ...] = (EXECUTORCH, ONNXRUNTIME)
+_TARGETS: tuple[Target, ...] = (EXECUTORCH, ONNXRUNTIME, ONNXRUNTIME_TRAINING)
 
 
 def find_target(name: str) -> Target:

@@ -159,6 +159,8 @@ class StageManifest(_Document):
         The end of a step in micro-batches.
     evaluation : Program
         One micro-batch to logits.
+    checkpoint : BlobReference or None
+        What the programs of onnxruntime-training keep the stage's tensors in; they then take only a batch.
     prefix : list of Program
         The frozen blocks in order, each with its weights inside; the features of one are the input of the next.
     """
@@ -179,6 +181,7 @@ class StageManifest(_Document):
     training: Program
     update: Program | None
     evaluation: Program
+    checkpoint: BlobReference | None = None
     prefix: list[Program]
     planned: PlannedMemory
 
@@ -200,7 +203,9 @@ class StageManifest(_Document):
             raise ValueError(
                 f"{self.micro_batches} parts of {self.micro_batch} samples make no batch of {self.batch}"
             )
-        if (self.micro_batches > 1) != (self.update is not None):
+        if (self.checkpoint is not None) != (self.engine == "onnxruntime-training"):
+            raise ValueError("onnxruntime-training needs a checkpoint, and no other engine does")
+        if (self.micro_batches > 1 or self.checkpoint is not None) != (self.update is not None):
             raise ValueError("a step in micro-batches ends with an update program, and no other does")
         return self
 
@@ -237,7 +242,8 @@ class StageManifest(_Document):
     def files(self) -> list[BlobReference]:
         """Every file the manifest names."""
         programs = [self.training, *([self.update] if self.update else []), self.evaluation, *self.prefix]
-        return [program.file for program in programs]
+        files = [program.file for program in programs]
+        return [*files, self.checkpoint] if self.checkpoint else files
 
     def behind(self, prefix: Sequence[Program]) -> StageManifest:
         """The same stage behind these frozen blocks."""

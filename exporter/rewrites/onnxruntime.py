@@ -64,7 +64,7 @@ class _Interpreter(fx.Interpreter):
 def _name_what_is_written(graph: fx.GraphModule) -> None:
     """`native_batch_norm` writes its running statistics but does not say so; another operator does the same and says."""
     for node in graph.graph.find_nodes(op="call_function", target=aten.native_batch_norm.default):
-        x, weight, bias, mean, variance, *rest = node.args
+        x, weight, bias, mean, _variance, *rest = node.args
         if mean is None:
             node.target = aten._native_batch_norm_legit.no_stats
             node.args = (x, weight, bias, *rest)

@@ -62,8 +62,8 @@ def test_a_process_grows_by_the_planned_bytes(
     write_stage(tmp_path / "small", "small_cnn", 0, 4, WHOLE, target)
     planned = write_stage(tmp_path / "large", "resnet10", index, batch, variant, target)
     assert planned > LARGE
-    program = Path(__file__).with_name("train_stage.py")
-    command = [sys.executable, str(program), str(tmp_path / "small"), str(tmp_path / "large")]
+    program = "frostline.device_runtime.artifact_memory"
+    command = [sys.executable, "-m", program, str(tmp_path / "small"), str(tmp_path / "large")]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
     growth = int(finished.stdout)

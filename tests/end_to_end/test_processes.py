@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -23,12 +23,18 @@ pytestmark = pytest.mark.slow
 
 
 @contextmanager
-def started(folder: Path, name: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+def started(
+    folder: Path, name: str, *arguments: str | Path, frostline: Sequence[str] = command()
+) -> Iterator[subprocess.Popen[str]]:
     """A `frostline` process that does not outlive the block; its stderr is kept in a file."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / f"{name}.log").open("a") as log:
         process = subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            [*frostline, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
         )
         try:
             yield process

@@ -33,7 +33,7 @@ CHUNKS = [
     "4bd515be315046716e9ee4f36aa67051080e122a1eececa2708739e6fa5860ab",
     "110a348438ce4c5e8904fb58140ceed07452d0857cc482aa6e52e711d013bb8e",
 ]
-MANIFEST = "11c6f093b301426a2a828584ecd3622fef4408d724d3074d9ae5a2eb4ebbf9d4"
+MANIFEST = "bc8a7585852839975e2520600fd17f7ab6246995e5791bd956c29e1d7d5161a6"
 INDEX = {"sha256": CONTENT, "size": 1100, "chunk_size": 1024, "chunks": CHUNKS}
 VALUES: dict[str, dict[str, Any]] = {
     "RunAnnouncement": {
@@ -69,7 +69,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "run": RUN,
         "lease": LEASE,
         "round": 3,
-        "manifest": {"sha256": MANIFEST, "size": 6750},
+        "manifest": {"sha256": MANIFEST, "size": 6771},
         "weights": {"sha256": CONTENT, "size": 1100},
         "epochs": 2,
         "learning_rate": 0.05,

@@ -1,7 +1,8 @@
-"""Trains artifacts as a device does and prints by how many bytes the process grew for the last one.
+"""Prints by how many bytes a process grows that trains an artifact as a device does.
 
-Run as a program, in a process of its own: `python train_stage.py ARTIFACT ...`. The artifacts before the last one load
-what any training loads, the runtime's own code among it.
+    python -m frostline.device_runtime.artifact_memory ARTIFACT ...
+
+The artifacts before the last one load what any training loads, the runtime's own code among it; only the last one counts.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from frostline.protocol.artifact import read_artifact
 from frostline.protocol.tensors import Array, decode_tensors
 
 STEPS = 3
+LEARNING_RATE = 1e-4
 
 
-def growth(folder: Path) -> int:
+def training_growth(folder: Path) -> int:
+    """Bytes by which the process grows while it opens an artifact and trains it on zeros for some steps."""
     manifest, store = read_artifact(folder)
     runtime = open_runtime(manifest.engine)
     weights = decode_tensors((folder / "weights.safetensors").read_bytes(), manifest.trained, "weights")
-    x = next(spec for spec in manifest.training.inputs if spec.name == "x")
+    x = manifest.evaluation.inputs[-1]
 
     def train() -> None:
         session = runtime.open_stage(manifest, store)
         session.load(weights)
         for _ in range(STEPS):
-            session.step(batch(), 1e-4)
+            session.step(batch(), LEARNING_RATE)
 
     def batch() -> Iterator[tuple[Array, Array]]:
         for _ in range(manifest.micro_batches):
@@ -40,4 +43,4 @@ def growth(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(str([growth(Path(folder)) for folder in sys.argv[1:]][-1]))
+    sys.stdout.write(str([training_growth(Path(folder)) for folder in sys.argv[1:]][-1]))

@@ -101,7 +101,7 @@ def _budget(entry: str, whole: int) -> int:
 
 
 def split_samples(config: RunConfig) -> list[Samples]:
-    """The training samples dealt out to the virtual devices; checks their memory as well.
+    """The training samples dealt out to the virtual devices; checks their memory and engines as well.
 
     Raises
     ------
@@ -114,6 +114,7 @@ def split_samples(config: RunConfig) -> list[Samples]:
         )
     for entry in config.fleet.memory:
         _budget(entry, 0)
+    device_engines(config.fleet)
     samples = load_samples(config.data.train, "train")
     return [samples.take(rows) for rows in _split(samples, config.fleet, config.run.seed)]
 

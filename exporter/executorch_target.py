@@ -16,24 +16,15 @@ from frostline.protocol.messages import Engine
 
 
 class ExecuTorchTarget:
-    """Programs for ExecuTorch's portable runtime, which write their arguments in place; frozen blocks for XNNPACK.
-
-    Parameters
-    ----------
-    tiled : bool
-        Whether large kernels are passed to programs in tiles.
-    """
+    """Programs for ExecuTorch's portable runtime, which write their arguments in place; frozen blocks for XNNPACK."""
 
     engine: Engine = "executorch"
     writes_in_place = True
     recomputes = True
 
-    def __init__(self, *, tiled: bool = True) -> None:
-        self._tiled = tiled
-
     def layout(self, model: nn.Module) -> Layout:
         """Channels last, large kernels in tiles."""
-        return Layout.channels_last(model, tiled=self._tiled)
+        return Layout.channels_last(model)
 
     def rewrite(self, graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
         """In the operators whose portable kernels are fast."""

@@ -41,12 +41,12 @@ class Layout:
     tiled: frozenset[str] = frozenset()
 
     @classmethod
-    def channels_last(cls, model: nn.Module, *, tiled: bool = True) -> Layout:
-        """The layout that ExecuTorch's programs want, large kernels in tiles if asked for."""
+    def channels_last(cls, model: nn.Module) -> Layout:
+        """The layout that ExecuTorch's programs want, large kernels in tiles."""
         convolutions = {
             f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, _ConvNd)
         }
-        in_tiles = frozenset(name for name, module in convolutions.items() if tiled and _is_tiled(module))
+        in_tiles = frozenset(name for name, module in convolutions.items() if _is_tiled(module))
         axes = {
             name: (*range(2, m.weight.dim()), 0, 1) if name in in_tiles else (0, *range(2, m.weight.dim()), 1)
             for name, m in convolutions.items()

@@ -113,7 +113,7 @@ def generate_training_artifacts(
     samples, rest = divmod(options.batch, micro_batches)
     if rest:
         raise UsageError(f"a batch of {options.batch} cannot be trained in {micro_batches} equal parts")
-    _check_installed()
+    check_installed()
     with _explained(stage), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         training, updated = _export_training(stage, samples)
@@ -130,7 +130,14 @@ def _check_norms(stage: Stage) -> None:
             )
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Check that the package is here.
+
+    Raises
+    ------
+    UsageError
+        Saying what installs it.
+    """
     try:
         with quiet():
             import onnxruntime.training.artifacts  # noqa: F401

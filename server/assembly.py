@@ -12,6 +12,7 @@ from frostline.datasets.samples import Samples
 from frostline.exporter.artifact import ExportOptions
 from frostline.exporter.cutting import cut
 from frostline.exporter.models.lookup import ModelSpec, build_model
+from frostline.exporter.onnxruntime_training import check_installed, check_optimizer
 from frostline.exporter.optimizer import build_optimizer
 from frostline.exporter.targets import target_of
 from frostline.protocol.connection import BrokerAddress
@@ -69,6 +70,9 @@ def assemble(
         proximal=training.proximal,
         clip_norm=training.clip_norm,
     )
+    if "onnxruntime-training" in training.engines:
+        check_optimizer(optimizer)
+        check_installed()
     target = target_of(training.engines[0])
     options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer, target=target)
     schedule = GrowingSchedule(spec, parts, options, config.run.seed, test)

@@ -44,6 +44,7 @@ def check(
         (["--model", "small_cnn", "--optimizer", "adam"], ["adam", "adamw"]),
         (["--model", "small_cnn", "--nesterov", "--momentum", "0"], ["nesterov", "momentum"]),
         (["--model", "small_cnn", "--memory-budget", "some"], ["--memory-budget", "64MB"]),
+        (["--model", "small_cnn", "--engine", "tensorflow"], ["tensorflow", "onnxruntime"]),
         (
             ["--model", "small_cnn", "-O", "width=8", "--batch", "2", "--memory-budget", "30kB"],
             ["does not fit 30", "which comes closest", "--memory-budget"],
@@ -164,6 +165,9 @@ def test_export_into_a_folder_that_is_in_use(tmp_path: Path) -> None:
         ('test = "digits"', 'test = "digit"', ["digit", "digits"]),
         ('"70%"', '"lots"', ["fleet.memory", "lots"]),
         ('train = "digits"', "", ["data.train"]),
+        ("epochs = 2", 'engines = ["tensorflow"]', ["run.toml:LINE: ", "training.engines"]),
+        ("epochs = 2", 'engines = ["onnxruntime-training"]', ["without momentum", "'onnxruntime'"]),
+        ('["100%", "70%"]', '["100%"]\nengines = ["onnxruntime-training"]', ["not installed on this device"]),
         ("join_seconds = 60", "minimum_updates = 9", ["minimum_updates = 9", "devices = 3"]),
     ],
 )
@@ -243,6 +247,8 @@ def test_an_unreachable_broker(tmp_path: Path, kind: str) -> None:
         (("--id", "../../etc"), ["../../etc", "letters"]),
         (("--memory", "plenty"), ["--memory", "plenty"]),
         (("--data", "nothing-here"), ["nothing-here"]),
+        (("--engine", "tensorflow"), ["tensorflow", "executorch, onnxruntime, onnxruntime-training"]),
+        (("--engine", "onnxruntime-training"), ["not installed", "pip uninstall onnxruntime"]),
         (("--data", "EMPTY"), ["safetensors"]),
         (("--ca-file", __file__), [__file__, "PEM"]),
     ],

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from frostline.exporter.stage import Stage
     from frostline.protocol.manifest import Program, StageManifest
 
+CALIBRATION = 64
+"""Samples of noise that int8 blocks are calibrated on."""
+
 
 def export(
     model: Annotated[
@@ -61,6 +64,13 @@ def export(
     engine: Annotated[
         str, typer.Option(help="The devices' runtime: executorch for phones, onnxruntime for boards.")
     ] = "executorch",
+    prefix: Annotated[
+        str,
+        typer.Option(
+            help="float32, or int8 for frozen blocks with int8 weights (executorch only), calibrated on noise: to "
+            "measure with, not to keep."
+        ),
+    ] = "float32",
     optimizer: Annotated[str, typer.Option(help="sgd or adamw, compiled into the step.")] = "sgd",
     momentum: Annotated[float, typer.Option(min=0, max=1, help="SGD's momentum.")] = 0.9,
     nesterov: Annotated[bool, typer.Option("--nesterov", help="Nesterov's form of SGD's momentum.")] = False,
@@ -86,6 +96,8 @@ def export(
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not an empty folder; choose another")
+    if prefix not in ("float32", "int8"):
+        raise UsageError(f"--prefix {prefix!r}: use float32 or int8")
     budget = parse_size(memory_budget, "--memory-budget") if memory_budget else None
     settings = {"weight_decay": weight_decay, "proximal": proximal, "clip_norm": clip_norm}
     trained_by = build_optimizer(optimizer, momentum=momentum, nesterov=nesterov, **settings)
@@ -104,7 +116,7 @@ def export(
             planner = BudgetPlanner(options, budget, seed, status.update)
             fitted = planner.fit(given or balanced_cuts(spec, batch))
             parts, compiled = fitted.cut, fitted.stages
-        rows = _write(parts, compiled, options, seed, out)
+        rows = _write(parts, compiled, options, seed, out, int8=prefix == "int8")
     if as_json:
         typer.echo(json.dumps({"model": model, "batch": batch, "stages": rows}, indent=2))
     else:
@@ -125,10 +137,19 @@ def _compile(
 
 
 def _write(
-    parts: CutModel, compiled: list[CompiledStage], options: ExportOptions, seed: int, out: Path
+    parts: CutModel,
+    compiled: list[CompiledStage],
+    options: ExportOptions,
+    seed: int,
+    out: Path,
+    *,
+    int8: bool,
 ) -> list[dict[str, Any]]:
     """Write every stage behind the blocks before it, frozen as they are; a row of figures for each."""
+    import torch
+
     from frostline.exporter.artifact import arrays, compile_prefix
+    from frostline.exporter.inputs import random_inputs
     from frostline.exporter.stage import build_stage, statistics_tensors, trainable_tensors
 
     prefix: list[Program] = []
@@ -140,7 +161,9 @@ def _write(
         weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
         write_artifact(out / f"stage-{index + 1}", manifest, {**each.files, **prefix_files}, weights)
         if index + 1 < len(compiled):
-            program, content = compile_prefix(stage, options.batch, options.target)
+            noise = torch.Generator().manual_seed(seed)
+            drawn = random_inputs(CALIBRATION, stage.input_shape, stage.vocabulary, noise)
+            program, content = compile_prefix(stage, options.batch, options.target, drawn if int8 else None)
             prefix.append(program)
             prefix_files[program.file.sha256] = content
         rows.append(_row(stage, manifest, each.parity))

@@ -121,17 +121,20 @@ def plan_stage(stage: Stage, options: ExportOptions, variant: Variant = WHOLE) -
         return _planned(_lower_training(stage, options, tensors, variant), tensors)
 
 
-def compile_prefix(stage: Stage, batch: int, target: Target = EXECUTORCH) -> tuple[Program, bytes]:
+def compile_prefix(
+    stage: Stage, batch: int, target: Target = EXECUTORCH, calibration: Tensor | None = None
+) -> tuple[Program, bytes]:
     """Compile a stage's block as it stands now into a forward-only program with its weights inside.
 
-    Its input is the features before the block, its output the features that the next stage trains on.
+    Its input is the features before the block, its output the features that the next stage trains on. With `calibration`,
+    samples (M, *input_shape) of that input, targets that can do so compile it in int8.
     """
     block = stage.model.block.eval()
     x = zero_inputs(min(batch, PREFIX_BATCH), stage.input_shape, stage.vocabulary)
     with torch.no_grad():
         features = block(x)
     with _explained(stage):
-        lowered = target.lower_frozen(block, x)
+        lowered = target.lower_frozen(block, x, calibration)
     inputs = [_spec("x", x, stage.vocabulary)]
     return _program(lowered, inputs, [_spec("features", features)]), lowered.content
 

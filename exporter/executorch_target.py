@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from frostline.exporter.executorch_lowering import lower_delegated, lower_portable, quiet, run_program
 from frostline.exporter.layout import Layout
+from frostline.exporter.quantization import quantized
 from frostline.exporter.rewrites.executorch import rewrite_for_executorch
 from frostline.exporter.target import LoweredProgram, Run
 from frostline.exporter.tiles import pick
@@ -37,9 +38,9 @@ class ExecuTorchTarget:
         lowered = lower_portable(program, program.arguments(tensors))
         return LoweredProgram(lowered.content, program.inputs, lowered.arena_bytes)
 
-    def lower_frozen(self, block: nn.Module, x: Tensor) -> LoweredProgram:
-        """A program delegated to XNNPACK where it can be."""
-        lowered = lower_delegated(block, [x])
+    def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:
+        """A program delegated to XNNPACK where it can be, in int8 if there is a calibration sample."""
+        lowered = lower_delegated(block if calibration is None else quantized(block, x, calibration), [x])
         return LoweredProgram(lowered.content, ("x",), lowered.arena_bytes)
 
     def load(self, program: LoweredProgram) -> Run:

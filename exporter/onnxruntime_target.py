@@ -44,8 +44,8 @@ class OnnxRuntimeTarget:
         content = lower_to_onnx(program, program.arguments(tensors), results)
         return LoweredProgram(content, program.inputs, _measured_arena(content), program.written)
 
-    def lower_frozen(self, block: nn.Module, x: Tensor) -> LoweredProgram:
-        """A program with constant weights, which ONNX Runtime rearranges for the processor when it loads."""
+    def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:
+        """A float32 program with constant weights, which ONNX Runtime rearranges for the processor when it loads."""
 
         def forward(x: Tensor) -> list[Tensor]:
             return [block(x)]

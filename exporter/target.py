@@ -64,8 +64,11 @@ class Target(Protocol):
     ) -> LoweredProgram:
         """A rewritten program over tensors by name; what it returns gets the names `results`."""
 
-    def lower_frozen(self, block: nn.Module, x: Tensor) -> LoweredProgram:
-        """A block in evaluation mode with its weights inside, from one batch `x` to `features`."""
+    def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:
+        """A block in evaluation mode with its weights inside, from one batch `x` to `features`.
+
+        In int8, by a calibration sample, where the target can; else in float32.
+        """
 
     def load(self, program: LoweredProgram) -> Run:
         """A lowered program in its runtime."""

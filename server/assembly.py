@@ -75,7 +75,9 @@ def assemble(
         check_installed()
     target = target_of(training.engines[0])
     options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer, target=target)
-    schedule = GrowingSchedule(spec, parts, options, config.run.seed, test)
+    schedule = GrowingSchedule(
+        spec, parts, options, config.run.seed, test, int8_prefix=training.prefix == "int8"
+    )
     if resume:
         folder = _open_unfinished(out, config)
     else:

@@ -66,6 +66,8 @@ class TrainingTable(_Table):
         Largest norm of all gradients together; 0 for any.
     engines : list of Engine
         The runtimes that stages are compiled for, as devices that have them come; memory is planned for the first.
+    prefix : "float32" or "int8"
+        How frozen blocks are compiled for ExecuTorch; other engines run them in float32.
     variants : "auto" or "whole"
         Whether devices with too little memory for a stage in one piece are served micro-batches and recomputation, or
         left out.
@@ -81,6 +83,7 @@ class TrainingTable(_Table):
     proximal: Annotated[float, Field(ge=0, le=1000)] = 0.0
     clip_norm: Annotated[float, Field(ge=0, le=10**6)] = 0.0
     engines: Annotated[list[Engine], Field(min_length=1)] = ["executorch", "onnxruntime"]
+    prefix: Literal["float32", "int8"] = "float32"
     variants: Literal["auto", "whole"] = "auto"
 
 

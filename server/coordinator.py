@@ -183,8 +183,13 @@ class Coordinator:
         assert row.result is not None
         reference = BlobReference.model_validate_json(row.result)
         weights = read_arrays(self._weights, reference)
-        await asyncio.to_thread(self._schedule.freeze, index, weights)
-        self._stages.append(record.model_copy(update={"rounds": row.rounds, "frozen_by": row.frozen_by}))
+        change = await asyncio.to_thread(self._schedule.freeze, index, weights)
+        if change is not None:
+            self._observer.on_note(
+                f"{record.name}: in int8 the frozen block changes the accuracy by {change:+.1%}"
+            )
+        ended = {"rounds": row.rounds, "frozen_by": row.frozen_by, "int8_accuracy_change": change}
+        self._stages.append(record.model_copy(update=ended))
 
     async def _train_stage(self, run: str, index: int) -> tuple[str, BlobReference]:
         """Run rounds until the pace controller freezes the block; returns why it was frozen, and its weights."""

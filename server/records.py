@@ -106,6 +106,9 @@ class StageRecord(_Record):
         Rounds spent on the stage.
     frozen_by : {"pace", "round_cap"}
         What ended the stage: the pace controller, or the configured limit on rounds.
+    int8_accuracy_change : float or None
+        What the frozen block in int8, as devices run it, changes of the stage's accuracy; None if it is not in int8, or
+        without held-out samples on the server.
     """
 
     stage: Count
@@ -114,6 +117,7 @@ class StageRecord(_Record):
     memory: dict[str, Count]
     rounds: Count
     frozen_by: FrozenBy
+    int8_accuracy_change: float | None = None
 
 
 class RunSummary(_Record):

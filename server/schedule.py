@@ -18,21 +18,27 @@ from frostline.exporter.artifact import (
     plan_stage,
 )
 from frostline.exporter.cutting import CutModel
+from frostline.exporter.inputs import random_inputs
 from frostline.exporter.models.lookup import ModelSpec
 from frostline.exporter.planning import StageVariants
+from frostline.exporter.quantization import in_batches
 from frostline.exporter.stage import (
+    Stage,
     build_stage,
     build_whole_model,
     load_tensors,
     statistics_tensors,
     trainable_tensors,
 )
+from frostline.exporter.target import LoweredProgram
 from frostline.exporter.targets import target_of
 from frostline.protocol.manifest import PlannedMemory, Program, StageManifest
 from frostline.protocol.messages import Engine
 from frostline.protocol.tensors import Array
 
 EVALUATION_BATCH = 256
+CALIBRATION = 64
+"""Samples that int8 blocks are calibrated on."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,20 @@ class GrowingSchedule:
     ----------
     test : Samples or None
         The server's held-out samples, for `accuracy`.
+    int8_prefix : bool
+        Whether frozen blocks are compiled in int8 where the target can; calibrated on held-out samples, or without any
+        on synthetic ones.
     """
 
     def __init__(
-        self, spec: ModelSpec, cut: CutModel, options: ExportOptions, seed: int, test: Samples | None
+        self,
+        spec: ModelSpec,
+        cut: CutModel,
+        options: ExportOptions,
+        seed: int,
+        test: Samples | None,
+        *,
+        int8_prefix: bool = False,
     ) -> None:
         self._spec = spec
         self._cut = cut
@@ -69,6 +85,12 @@ class GrowingSchedule:
         self._prefixes: dict[tuple[int, Engine], tuple[Program, bytes]] = {}
         self._test = test
         self._features = torch.from_numpy(test.x) if test else None
+        self._calibrations: dict[int, Tensor] = {}
+        self._calibration: Tensor | None = None
+        if int8_prefix:
+            synthetic = torch.Generator().manual_seed(seed)
+            drawn = random_inputs(CALIBRATION, spec.input_shape, spec.vocabulary, synthetic)
+            self._calibration = drawn if self._features is None else self._features[:CALIBRATION]
 
     def __len__(self) -> int:
         return len(self._stages)
@@ -109,7 +131,12 @@ class GrowingSchedule:
         """The frozen blocks for an engine."""
         for index in range(self._frozen):
             if (index, engine) not in self._prefixes:
-                compiled = compile_prefix(self._stages[index], self._options.batch, target_of(engine))
+                compiled = compile_prefix(
+                    self._stages[index],
+                    self._options.batch,
+                    target_of(engine),
+                    self._calibrations.get(index),
+                )
                 self._prefixes[index, engine] = compiled
         return [self._prefixes[index, engine] for index in range(self._frozen)]
 
@@ -129,18 +156,48 @@ class GrowingSchedule:
         logits = self._forward(model, self._features)
         return float((logits.argmax(1).numpy() == self._test.y).mean())
 
-    def freeze(self, index: int, weights: Mapping[str, Array]) -> None:
-        """Fix a stage's block, move the frost line behind it and hand its output module on."""
+    def freeze(self, index: int, weights: Mapping[str, Array]) -> float | None:
+        """Fix a stage's block, move the frost line behind it and hand its output module on.
+
+        Returns
+        -------
+        float or None
+            What the block in int8 changes of the stage's accuracy; None if it is not, or without held-out samples.
+        """
         self._load(index, weights)
         stage = self._stages[index]
         if index + 1 == len(self):
             self._cut.head.load_state_dict(stage.model.output_module.head.state_dict())
-            return
+            return None
         self._frozen = index + 1
-        self._prefix(self._options.target.engine)
+        if self._calibration is not None:
+            self._calibrations[index] = self._calibration
+            self._calibration = self._forward(stage.model.block.eval(), self._calibration)
+        prefix = self._prefix(self._options.target.engine)
+        change = self._accuracy_change(stage, *prefix[-1]) if self._in_int8 else None
         if self._features is not None:
             self._features = self._forward(stage.model.block.eval(), self._features)
         load_tensors(self._stages[index + 1], {**trainable_tensors(stage), **statistics_tensors(stage)})
+        return change
+
+    @property
+    def _in_int8(self) -> bool:
+        return bool(self._calibrations) and self._options.target.engine == "executorch"
+
+    def _accuracy_change(self, stage: Stage, program: Program, content: bytes) -> float | None:
+        """What the program that devices run in the block's place changes of the stage's accuracy."""
+        if self._test is None or self._features is None:
+            return None
+        x, y = self._features[:EVALUATION_BATCH], self._test.y[:EVALUATION_BATCH]
+        lowered = LoweredProgram(content, ("x",), program.arena_bytes)
+        run = self._options.target.load(lowered)
+        size = program.inputs[0].shape[0]
+        features = torch.cat([run({"x": batch})[-1].clone() for batch in in_batches(x, size)])[: len(x)]
+        right = [
+            (self._forward(part, given).argmax(1).numpy() == y).mean()
+            for part, given in ((stage.model.output_module.eval(), features), (stage.model.eval(), x))
+        ]
+        return float(right[0] - right[1])
 
     def trained_model(self) -> torch.nn.Module:
         """The whole model with every frozen block and the last head in place."""

@@ -44,6 +44,7 @@ def check(
         (["--model", "small_cnn", "--optimizer", "adam"], ["adam", "adamw"]),
         (["--model", "small_cnn", "--nesterov", "--momentum", "0"], ["nesterov", "momentum"]),
         (["--model", "small_cnn", "--memory-budget", "some"], ["--memory-budget", "64MB"]),
+        (["--model", "small_cnn", "--prefix", "int4"], ["--prefix", "int4", "int8"]),
         (["--model", "small_cnn", "--engine", "tensorflow"], ["tensorflow", "onnxruntime"]),
         (
             ["--model", "small_cnn", "-O", "width=8", "--batch", "2", "--memory-budget", "30kB"],

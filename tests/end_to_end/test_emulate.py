@@ -24,8 +24,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     """The summary and folder of one finished run."""
     folder = tmp_path_factory.mktemp("emulate")
     out = folder / "run"
-    result = run_command("emulate", "--config", write_config(folder), "--out", out, "--json")
+    config = write_config(folder)
+    config.write_text(config.read_text().replace("[training]", '[training]\nprefix = "int8"'))
+    result = run_command("emulate", "--config", config, "--out", out, "--json")
     assert result.returncode == 0, result.stderr
+    assert "in int8 the frozen block changes the accuracy by" in result.stderr
     return json.loads(result.stdout), out
 
 
@@ -48,6 +51,12 @@ def test_the_summary_holds_what_scripts_read(finished: tuple[dict[str, Any], Pat
     ):
         assert summary[key] > 0, key
     assert summary["peak_planned_bytes"] < summary["full_model_planned_bytes"]
+
+
+def test_the_summary_says_what_int8_changes(finished: tuple[dict[str, Any], Path]) -> None:
+    first, last = finished[0]["stages"]
+    assert abs(first["int8_accuracy_change"]) < 0.1
+    assert last["int8_accuracy_change"] is None
 
 
 def test_pytorch_and_the_program_agree_on_the_test_set(finished: tuple[dict[str, Any], Path]) -> None:

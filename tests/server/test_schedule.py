@@ -97,7 +97,9 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return CompiledStage(manifest, {program.file.sha256: content}, Parity(0.0, 0.0))
 
-    def compile_prefix(stage: Stage, batch: int, target: Target) -> tuple[Program, bytes]:
+    def compile_prefix(
+        stage: Stage, batch: int, target: Target, calibration: torch.Tensor | None
+    ) -> tuple[Program, bytes]:
         return fake_program(f"prefix {stage.name}", stage.input_shape)
 
     monkeypatch.setattr(planning, "compile_stage", compile_stage)

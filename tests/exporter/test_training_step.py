@@ -312,13 +312,13 @@ def test_step_mutates_the_callers_tensors_and_no_others(stage: Stage, recompute:
     compiled = _Compiled(stage, optimizer, Variant(recompute=recompute))
     state, step = compiled.state, compiled.training
     x, y = _batch(stage, 0)
-    before, addresses = _values(state), [t.data_ptr() for t in state.tensors]
+    before, addresses = _values(state), [t.data_ptr() for t in list(state.by_name.values())]
     inputs = {"x": x.clone(), "y": y.clone(), "learning_rate": torch.tensor(RATE)}
     _run(step, state, **inputs)
     changed = [name for name, value in _values(state).items() if not torch.equal(value, before[name])]
     assert changed == [name for name in before if not name.startswith("received.")]
     assert set(step.written) == set(changed)
-    assert [t.data_ptr() for t in state.tensors] == addresses
+    assert [t.data_ptr() for t in list(state.by_name.values())] == addresses
     assert torch.equal(inputs["x"], x)
     assert torch.equal(inputs["y"], y)
     _assert_same(stage.model.state_dict(), model_before)
@@ -435,5 +435,5 @@ def test_state_names_are_in_the_order_of_the_arguments() -> None:
     assert list(state.optimizer_state) == [f"momentum.{name}" for name in state.parameters]
     kinds = (state.parameters, state.statistics, state.optimizer_state, state.received)
     parts = [value for kind in kinds for value in kind.values()]
-    assert all(a is b for a, b in zip(state.tensors, parts, strict=True))
+    assert all(a is b for a, b in zip(list(state.by_name.values()), parts, strict=True))
     assert list(state.by_name) == [name for kind in kinds for name in kind]

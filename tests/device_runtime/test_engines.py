@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +15,11 @@ from frostline.protocol.artifact import read_artifact
 from frostline.protocol.tensors import Array, decode_tensors
 
 BATCH, CLASSES, RATE, STEPS = 4, 3, 0.1, 6
+
+ROOT = Path(__file__).parents[2]
+TRAINING_PACKAGE = Path(
+    os.environ.get("FROSTLINE_ONNXRUNTIME_TRAINING", ROOT / "build" / "onnxruntime-training")
+)
 
 
 class Opened:
@@ -173,3 +182,19 @@ def test_engines_train_alike(variants: Path) -> None:
     for name, value in one.trained().items():
         difference = np.linalg.norm(value - other.trained()[name])
         assert difference <= 1e-4 * np.linalg.norm(value), name
+
+
+@pytest.mark.skipif(
+    not (TRAINING_PACKAGE / "onnxruntime").is_dir(),
+    reason=f"no onnxruntime-training in {TRAINING_PACKAGE}: make onnxruntime-training",
+)
+def test_three_engines_end_where_the_first_does() -> None:
+    paths = [str(TRAINING_PACKAGE.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.device_runtime.side_by_side"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    distances = json.loads(done.stdout)
+    assert distances.keys() == {"onnxruntime", "onnxruntime-training"}
+    for engine, each in distances.items():
+        assert max(each.values()) < 1e-4, (engine, each)

@@ -32,6 +32,9 @@ def inspect(
         "batch", f"{manifest.batch} of {list(manifest.input_shape)} {manifest.evaluation.inputs[-1].dtype}"
     )
     table.add_row("frozen blocks before it", str(len(manifest.prefix)))
+    table.add_row(
+        "operations in a step", f"{manifest.flops / 10**9:.3g} GFLOP" if manifest.flops else "not known"
+    )
     for kind, size in manifest.planned.model_dump().items():
         table.add_row(kind.replace("_", " "), format_size(size))
     table.add_row("planned in all", format_size(manifest.planned.total))

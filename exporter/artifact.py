@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from frostline.exporter.executorch_target import EXECUTORCH
+from frostline.exporter.flops import forward_flops, step_flops
 from frostline.exporter.inputs import zero_inputs
 from frostline.exporter.layout import Layout
 from frostline.exporter.onnxruntime_training_target import OnnxRuntimeTrainingTarget
@@ -107,7 +108,8 @@ def compile_stage(
         )
         train = partial(train_lowered, options.target, programs.training, programs.update, tensors)
         parity = check_parity(stage, options, variant.micro_batches, train)
-    manifest = _manifest(stage, options, variant, prefix, tensors, programs)
+        flops = step_flops(stage, options.batch, recompute=variant.recompute)
+    manifest = _manifest(stage, options, variant, prefix, tensors, programs, flops)
     contents = {reference_to(p.content).sha256: p.content for p in programs.all}
     return CompiledStage(manifest, contents, parity)
 
@@ -136,7 +138,8 @@ def compile_prefix(
     with _explained(stage):
         lowered = target.lower_frozen(block, x, calibration)
     inputs = [_spec("x", x, stage.vocabulary)]
-    return _program(lowered, inputs, [_spec("features", features)]), lowered.content
+    program = _program(lowered, inputs, [_spec("features", features)])
+    return program.model_copy(update={"flops": forward_flops(block, x)}), lowered.content
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
@@ -253,6 +256,7 @@ def _manifest(
     prefix: Sequence[Program],
     tensors: StageTensors,
     programs: _LoweredStage,
+    flops: int,
 ) -> StageManifest:
     state = tensors.state
     results = [TensorSpec(name="loss", shape=()), TensorSpec(name="correct", dtype="int64", shape=())]
@@ -278,6 +282,7 @@ def _manifest(
         evaluation=_stage_program(programs.evaluation, tensors, [logits]),
         prefix=list(prefix),
         planned=_planned(programs.of_a_step, tensors, programs.evaluation).behind(prefix),
+        flops=flops,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frostline.exporter.artifact import CompiledStage, ExportOptions, arrays
+from frostline.exporter.flops import step_flops
 from frostline.exporter.onnxruntime_training import TrainingArtifacts, generate_training_artifacts
 from frostline.exporter.optimizer import AdamW
 from frostline.exporter.parity import LEARNING_RATE, Steps, check_parity
@@ -96,6 +97,7 @@ def _manifest(
         planned=PlannedMemory(
             arena=0, parameters=0, statistics=0, optimizer_state=0, received=0, batch=0, program=0
         ),
+        flops=step_flops(stage, options.batch),
     )
 
 

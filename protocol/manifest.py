@@ -86,12 +86,19 @@ class Program(_Document):
     The inputs are the stage's own tensors by their names, and those of a step: `x`, `y`, `learning_rate`, `first`, which is
     1 for the first micro-batch of a step and 0 for the others, and `seed`, which tells dropout what to keep: a whole
     number below `SEEDS`, another one at each call.
+
+    Attributes
+    ----------
+    flops : int
+        Of a frozen block: operations on one batch of the program, counted as `StageManifest.flops`, in int8 as in
+        float32; 0 where not known.
     """
 
     file: BlobReference
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
     outputs: list[TensorSpec]
     arena_bytes: Count
+    flops: Count = 0
 
 
 class PlannedMemory(_Document):
@@ -163,6 +170,9 @@ class StageManifest(_Document):
         What the programs of onnxruntime-training keep the stage's tensors in; they then take only a batch.
     prefix : list of Program
         The frozen blocks in order, each with its weights inside; the features of one are the input of the next.
+    flops : int
+        Floating-point operations of one step on the whole batch: the matrix products and convolutions of both passes, a
+        multiply and an add counted as two; 0 where not known.
     """
 
     schema_version: Literal[1] = 1
@@ -184,6 +194,7 @@ class StageManifest(_Document):
     checkpoint: BlobReference | None = None
     prefix: list[Program]
     planned: PlannedMemory
+    flops: Count = 0
 
     @model_validator(mode="after")
     def _programs_fit(self) -> Self:

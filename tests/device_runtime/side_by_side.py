@@ -27,8 +27,8 @@ from frostline.protocol.tensors import Array
 BATCH, CLASSES, STEPS, RATE = 8, 5, 100, 0.05
 
 
-def trained(engine: Engine) -> tuple[dict[str, Array], float]:
-    """The tensors after the last step, and its loss."""
+def trained(engine: Engine) -> tuple[dict[str, Array], float, int]:
+    """The tensors after the last step, its loss, and how many operations a step is said to take."""
     spec = build_model("resnet10", {"width": 8, "input_size": 8}, None, CLASSES, seed=0)
     stage = build_stage(cut(spec.module, 2, spec.example(2)), 1, seed=0)
     weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
@@ -43,13 +43,14 @@ def trained(engine: Engine) -> tuple[dict[str, Array], float]:
         for _ in range(STEPS):
             x = random.standard_normal((BATCH, *stage.input_shape), dtype=np.float32)
             loss, _ = session.step([(x, random.integers(0, CLASSES, BATCH))], RATE)
-        return {name: np.array(value) for name, value in session.trained().items()}, loss
+        tensors = {name: np.array(value) for name, value in session.trained().items()}
+        return tensors, loss, manifest.flops
 
 
 def main() -> dict[str, dict[str, float]]:
     """For each engine but the first, its largest relative distances from the first."""
     torch.set_num_threads(1)
-    (want, want_loss), *others = (trained(engine) for engine in ENGINES)
+    (want, want_loss, want_flops), *others = (trained(engine) for engine in ENGINES)
     return {
         engine: {
             "tensors": max(
@@ -57,8 +58,9 @@ def main() -> dict[str, dict[str, float]]:
                 for name, value in tensors.items()
             ),
             "loss": abs(loss - want_loss) / want_loss,
+            "flops": abs(flops - want_flops) / want_flops,
         }
-        for engine, (tensors, loss) in zip(ENGINES[1:], others, strict=True)
+        for engine, (tensors, loss, flops) in zip(ENGINES[1:], others, strict=True)
     }
 
 

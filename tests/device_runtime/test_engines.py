@@ -174,6 +174,7 @@ def test_engines_train_alike(variants: Path) -> None:
     """Whatever is sent back by one engine may be averaged with what comes from another."""
     one, other = (Opened(variants / engine / "whole") for engine in ("executorch", "onnxruntime"))
     assert one.manifest.parameters[0].held_axes and not other.manifest.parameters[0].held_axes
+    assert one.manifest.flops == other.manifest.flops > 0
     assert_equal(one.trained(), other.trained())
     for seed in range(100):
         (loss, right), (want_loss, want_right) = one.step(seed), other.step(seed)

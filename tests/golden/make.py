@@ -121,6 +121,7 @@ def _manifest() -> StageManifest:
                 inputs=[TensorSpec(name="image", dtype="int64", shape=(8, 1, 8, 8), vocabulary=256)],
                 outputs=[features],
                 arena_bytes=16_384,
+                flops=36_864,
             )
         ],
         planned=PlannedMemory(
@@ -132,6 +133,7 @@ def _manifest() -> StageManifest:
             batch=2_116,
             program=46_080,
         ),
+        flops=152_064,
     )
 
 

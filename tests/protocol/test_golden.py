@@ -33,7 +33,7 @@ CHUNKS = [
     "4bd515be315046716e9ee4f36aa67051080e122a1eececa2708739e6fa5860ab",
     "110a348438ce4c5e8904fb58140ceed07452d0857cc482aa6e52e711d013bb8e",
 ]
-MANIFEST = "bc8a7585852839975e2520600fd17f7ab6246995e5791bd956c29e1d7d5161a6"
+MANIFEST = "0bb85438605fa5c33aeb800d0224dbe2f12a81b2f221053836c1c50bebffdf4f"
 INDEX = {"sha256": CONTENT, "size": 1100, "chunk_size": 1024, "chunks": CHUNKS}
 VALUES: dict[str, dict[str, Any]] = {
     "RunAnnouncement": {
@@ -69,7 +69,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "run": RUN,
         "lease": LEASE,
         "round": 3,
-        "manifest": {"sha256": MANIFEST, "size": 6771},
+        "manifest": {"sha256": MANIFEST, "size": 6850},
         "weights": {"sha256": CONTENT, "size": 1100},
         "epochs": 2,
         "learning_rate": 0.05,
@@ -229,6 +229,7 @@ def test_the_manifest_has_the_documented_hash_and_values() -> None:
         ("33" * 32, 10_240),
     ]
     assert manifest.planned.total == 127_252
+    assert (manifest.flops, [program.flops for program in manifest.prefix]) == (152_064, [36_864])
     assert manifest.planned.parameters == sum(spec.size_bytes for spec in manifest.parameters)
     assert manifest.planned.statistics == sum(spec.size_bytes for spec in manifest.statistics)
     assert manifest.planned.received == sum(spec.size_bytes for spec in manifest.received)

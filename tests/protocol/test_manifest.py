@@ -36,6 +36,7 @@ PROGRAMS = st.builds(
     inputs=st.lists(SPECS, min_size=1, max_size=2),
     outputs=st.lists(SPECS, max_size=2),
     arena_bytes=COUNTS,
+    flops=COUNTS,
 )
 PLANNED = st.builds(
     PlannedMemory,
@@ -96,6 +97,7 @@ def manifests(draw: st.DrawFn) -> StageManifest:
         evaluation=program(x),
         prefix=draw(st.lists(PROGRAMS, max_size=2)),
         planned=draw(PLANNED),
+        flops=draw(COUNTS),
     )
 
 
@@ -211,6 +213,10 @@ def test_a_missing_field_is_named_with_what_to_do(name: str) -> None:
         (["planned", "arena"], -1),
         (["planned", "arena"], None),
         (["planned", "received"], -1),
+        (["flops"], -1),
+        (["flops"], 2**53 + 1),
+        (["flops"], 1.5),
+        (["training", "flops"], -1),
     ],
     ids=str,
 )
@@ -223,6 +229,14 @@ def test_values_out_of_bounds_are_corrupt_by_field(path: list[Any], value: Any) 
     where = r"\.".join(str(part) for part in path)
     with pytest.raises(CorruptContent, match=f"^phone: not a stage manifest: {where}"):
         decode_manifest(json.dumps(document).encode(), "phone")
+
+
+def test_operations_are_not_known_of_what_was_exported_before_they_were_counted() -> None:
+    document = json.loads(make_manifest().encode())
+    for part in (document, document["training"], *document["prefix"]):
+        del part["flops"]
+    manifest = decode_manifest(json.dumps(document).encode(), "phone")
+    assert (manifest.flops, manifest.prefix[0].flops) == (0, 0)
 
 
 def test_the_longest_manifest_is_accepted_and_one_byte_more_refused() -> None:

@@ -53,6 +53,7 @@ def device(
     from frostline.datasets.load import load_samples
     from frostline.device_runtime.agent import Agent, DeviceSettings
     from frostline.device_runtime.engine import ENGINES, INSTALL, available_engines, check_engine
+    from frostline.device_runtime.speed import measure_speed
     from frostline.device_runtime.worker import Workers
     from frostline.protocol.connection import BrokerAddress
     from frostline.protocol.errors import UsageError
@@ -74,6 +75,7 @@ def device(
         memory_bytes=memory_bytes,
         state_folder=state or Path.home() / ".local" / "state" / "frostline" / name,
         engines=tuple(engines),
+        gigaflops=measure_speed(),
         leave_when_finished=leave_when_finished,
     )
     console = Console(stderr=True)

@@ -58,6 +58,8 @@ class DeviceSettings:
         Downloads, cached features and the outbox; one a device.
     engines : tuple of Engine
         The runtimes it trains with.
+    gigaflops : float
+        What one thread does, from `frostline.device_runtime.speed`; 0 where it is not known.
     leave_when_finished : bool
         Return from `Agent.run` once the run is over, in place of waiting for the next.
     """
@@ -67,6 +69,7 @@ class DeviceSettings:
     memory_bytes: int
     state_folder: Path
     engines: tuple[Engine, ...]
+    gigaflops: float = 0.0
     leave_when_finished: bool = False
 
 
@@ -102,6 +105,7 @@ class Agent:
             session=uuid.uuid4().hex,
             state="online",
             memory_bytes=settings.memory_bytes,
+            gigaflops=settings.gigaflops,
             engines=list(settings.engines),
             samples=len(samples),
             software=importlib.metadata.version("frostline"),

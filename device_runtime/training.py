@@ -92,6 +92,7 @@ def train(task: TrainingTask) -> TrainingMetrics:
         samples=len(chosen),
         steps=len(losses),
         loss=float(np.mean(losses)),
+        squared_loss=float(np.mean(np.square(losses, dtype=np.float64))),
         seconds=time.perf_counter() - started,
         evaluated=len(evaluated),
         correct=correct,

@@ -18,6 +18,7 @@ from frostline.datasets.load import load_samples
 from frostline.datasets.samples import Samples
 from frostline.device_runtime.agent import Agent, DeviceSettings, State
 from frostline.device_runtime.engine import available_engines, check_engine
+from frostline.device_runtime.speed import measure_speed
 from frostline.device_runtime.worker import Workers
 from frostline.emulator.partition import split_dirichlet, split_iid
 from frostline.protocol.connection import BrokerAddress
@@ -150,6 +151,7 @@ def _place(
         memory_bytes=memory_bytes,
         state_folder=folder / "state",
         engines=engines,
+        gigaflops=measure_speed(),
         leave_when_finished=True,
     )
 

@@ -63,13 +63,20 @@ class RunAnnouncement(Message):
 
 
 class Presence(Message):
-    """Retained on `from/<device>/presence`: what a device is. The last will has `state` "offline"."""
+    """Retained on `from/<device>/presence`: what a device is. The last will has `state` "offline".
+
+    Attributes
+    ----------
+    gigaflops : float
+        10^9 floating-point operations a second of one thread in a small training step; 0 where not known.
+    """
 
     protocol: Literal[1] = 1
     device: Name
     session: Identifier
     state: Literal["online", "offline"]
     memory_bytes: Count = 0
+    gigaflops: Annotated[float, Field(ge=0, le=10**7)] = 0.0
     engines: list[Engine] = []
     samples: Count = 0
     class_counts: Annotated[list[Count], Field(max_length=100_000)] | None = None
@@ -106,11 +113,19 @@ class ContentRequest(Message):
 
 
 class TrainingMetrics(Message):
-    """What training a lease showed."""
+    """What training a lease showed.
+
+    Attributes
+    ----------
+    loss, squared_loss : float
+        Means over the lease's steps of a batch's loss and of its square, which Oort's statistical utility is made of (Lai
+        et al., OSDI 2021); devices of before do not send the latter.
+    """
 
     samples: Annotated[int, Field(ge=1, le=2**40)]
     steps: Annotated[int, Field(ge=1, le=2**40)]
     loss: float
+    squared_loss: Annotated[float, Field(ge=0)] | None = None
     seconds: Seconds
     evaluated: Count = 0
     correct: Count = 0

@@ -264,6 +264,17 @@ def test_a_lease_is_fetched_trained_and_delivered(play: Callable[[Script], None]
     play(script)
 
 
+def test_presence_tells_how_fast_the_device_is(play: Callable[[Script], None]) -> None:
+    async def script(scene: Scene) -> None:
+        for speed in (0.0, 12.5):
+            async with scene.agent(gigaflops=speed):
+                await until(lambda: scene.server.presences and scene.server.presences[-1].state == "online")
+                assert scene.server.presences[-1].gigaflops == speed
+            await until(lambda: scene.server.presences[-1].state == "offline")
+
+    play(script)
+
+
 @pytest.mark.parametrize(("budget", "accepted"), [(PLANNED, True), (PLANNED - 1, False), (0, False)])
 def test_a_stage_over_the_budget_is_refused_before_its_programs_are_fetched(
     play: Callable[[Script], None], budget: int, accepted: bool

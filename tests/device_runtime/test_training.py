@@ -102,6 +102,8 @@ def test_the_update_is_the_new_minus_the_received_values(artifact: Path, tmp_pat
         assert update[name].dtype == np.float32
         np.testing.assert_array_equal(update[name], value - device.weights[name])
     assert metrics.loss == pytest.approx(np.mean(losses))
+    assert metrics.squared_loss == pytest.approx(np.mean(np.square(losses)))
+    assert metrics.squared_loss is not None and metrics.squared_loss > metrics.loss**2
     assert any(np.abs(update[spec.name]).max() > 0 for spec in device.manifest.parameters)
     assert bool(device.manifest.prefix) == artifact.name.endswith("1")
 

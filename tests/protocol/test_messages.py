@@ -50,6 +50,7 @@ METRICS = st.builds(
     samples=st.integers(1, 2**40),
     steps=st.integers(1, 2**40),
     loss=st.floats(allow_nan=False, allow_infinity=False),
+    squared_loss=st.none() | st.floats(0, allow_nan=False, allow_infinity=False),
     seconds=SECONDS,
 )
 MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
@@ -68,6 +69,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
         session=IDENTIFIERS,
         state=st.sampled_from(["online", "offline"]),
         memory_bytes=COUNTS,
+        gigaflops=st.floats(0, 10**7),
         engines=st.lists(st.just("executorch"), max_size=2),
         samples=COUNTS,
         class_counts=st.none() | st.lists(COUNTS, max_size=20),
@@ -260,6 +262,21 @@ def test_numbers_that_are_not_finite_are_refused(
     inner[path[-1]] = "@"
     with pytest.raises(ProtocolViolation, match=f": {'.'.join(path)}: "):
         decode(kind, json.dumps(document).replace('"@"', literal).encode())
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "1e999", "-1", '"1"'])
+@pytest.mark.parametrize(("kind", "field"), [(Presence, "gigaflops"), (TrainingMetrics, "squared_loss")])
+def test_speeds_and_squares_are_finite_and_not_negative(
+    kind: type[Message], field: str, literal: str
+) -> None:
+    document = json.dumps({**VALID[kind], field: "@"}).replace('"@"', literal)
+    with pytest.raises(ProtocolViolation, match=f"{kind.__name__}: {field}: "):
+        decode(kind, document.encode())
+
+
+def test_what_devices_of_before_do_not_send_is_not_known() -> None:
+    assert decode(Presence, json.dumps(VALID[Presence]).encode()).gigaflops == 0
+    assert decode(TrainingMetrics, json.dumps(VALID[TrainingMetrics]).encode()).squared_loss is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

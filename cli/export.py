@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from frostline.protocol.sizes import format_size, parse_size
 if TYPE_CHECKING:
     from frostline.exporter.artifact import CompiledStage, ExportOptions
     from frostline.exporter.cutting import CutModel
+    from frostline.exporter.output_module import OutputModuleKind
     from frostline.exporter.parity import Parity
     from frostline.exporter.stage import Stage
     from frostline.protocol.manifest import Program, StageManifest
@@ -60,6 +61,13 @@ def export(
         int | None,
         typer.Option(min=1, help="How many token ids there are, for your own model that takes them."),
     ] = None,
+    output_module: Annotated[
+        str,
+        typer.Option(
+            help="What stands in for the blocks to come: convolutions, one for each and the model's head, or linear, "
+            "one layer over the mean of the features."
+        ),
+    ] = "convolutions",
     batch: Annotated[int, typer.Option(min=1, help="Samples in a training step.")] = 16,
     engine: Annotated[
         str, typer.Option(help="The devices' runtime: executorch for phones, onnxruntime for boards.")
@@ -98,6 +106,7 @@ def export(
         raise UsageError(f"--out {out}: exists and is not an empty folder; choose another")
     if prefix not in ("float32", "int8"):
         raise UsageError(f"--prefix {prefix!r}: use float32 or int8")
+    kind = _output_module(output_module)
     budget = parse_size(memory_budget, "--memory-budget") if memory_budget else None
     settings = {"weight_decay": weight_decay, "proximal": proximal, "clip_norm": clip_norm}
     trained_by = build_optimizer(optimizer, momentum=momentum, nesterov=nesterov, **settings)
@@ -108,15 +117,15 @@ def export(
     with console.status(f"cutting {model}") as status:
         if budget is None:
             parts = cut(spec.module, _blocks(blocks or "4"), spec.example(2), spec.vocabulary)
-            compiled = _compile(parts, options, seed, status.update)
+            compiled = _compile(parts, options, seed, kind, status.update)
         else:
             given = (
                 [cut(spec.module, _blocks(blocks), spec.example(batch), spec.vocabulary)] if blocks else None
             )
-            planner = BudgetPlanner(options, budget, seed, status.update)
+            planner = BudgetPlanner(options, budget, seed, status.update, kind)
             fitted = planner.fit(given or balanced_cuts(spec, batch))
             parts, compiled = fitted.cut, fitted.stages
-        rows = _write(parts, compiled, options, seed, out, int8=prefix == "int8")
+        rows = _write(parts, compiled, options, seed, kind, out, int8=prefix == "int8")
     if as_json:
         typer.echo(json.dumps({"model": model, "batch": batch, "stages": rows}, indent=2))
     else:
@@ -124,7 +133,11 @@ def export(
 
 
 def _compile(
-    parts: CutModel, options: ExportOptions, seed: int, notify: Callable[[str], None]
+    parts: CutModel,
+    options: ExportOptions,
+    seed: int,
+    kind: OutputModuleKind,
+    notify: Callable[[str], None],
 ) -> list[CompiledStage]:
     from frostline.exporter.artifact import compile_stage
     from frostline.exporter.stage import build_stage
@@ -132,7 +145,7 @@ def _compile(
     compiled = []
     for index, block in enumerate(parts.blocks):
         notify(f"stage {index + 1} of {len(parts.blocks)}: compiling {block.name}")
-        compiled.append(compile_stage(build_stage(parts, index, seed), options))
+        compiled.append(compile_stage(build_stage(parts, index, seed, kind), options))
     return compiled
 
 
@@ -141,6 +154,7 @@ def _write(
     compiled: list[CompiledStage],
     options: ExportOptions,
     seed: int,
+    kind: OutputModuleKind,
     out: Path,
     *,
     int8: bool,
@@ -156,7 +170,7 @@ def _write(
     prefix_files: dict[str, bytes] = {}
     rows = []
     for index, each in enumerate(compiled):
-        stage = build_stage(parts, index, seed)
+        stage = build_stage(parts, index, seed, kind)
         manifest = each.manifest.behind(prefix)
         weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
         write_artifact(out / f"stage-{index + 1}", manifest, {**each.files, **prefix_files}, weights)
@@ -202,6 +216,16 @@ def _print(console: Console, model: str, batch: int, rows: list[dict[str, Any]])
             f"{row['tensor_error']:.0e}",
         )
     console.print(table)
+
+
+def _output_module(name: str) -> OutputModuleKind:
+    from frostline.exporter.output_module import OutputModuleKind
+
+    kinds: tuple[OutputModuleKind, ...] = get_args(OutputModuleKind)
+    for kind in kinds:
+        if kind == name:
+            return kind
+    raise UsageError(f"--output-module {name!r}: use {' or '.join(kinds)}")
 
 
 def _blocks(text: str) -> int | list[str]:

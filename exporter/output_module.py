@@ -1,6 +1,6 @@
 """Builds what stands in for the rest of the model while one block is trained.
 
-Each block that follows is imitated by a single convolution, after which comes the model's own head. This is the output
+There are two kinds. **Convolutions**: each block that follows is imitated by a single convolution, after which comes the model's own head. This is the output
 module of ProFL (Wu et al., "Breaking the Memory Wall for Heterogeneous Federated Learning via Progressive Training",
 KDD 2025, arXiv 2404.13349) and NeuLite (Wu et al., "NeuLite: Memory-Efficient Federated Learning via Elastic
 Progressive Training", arXiv 2408.10826): one 3×3 stride-2 convolution, without normalisation or activation, takes a
@@ -10,6 +10,11 @@ That is a layer for images. For tokens, and for single vectors, the stand-in is 
 token: an extension of our own. Like the convolution it is linear, mixes all features and maps the block's input shape to
 its output shape; and since attention treats near and far tokens alike, a kernel over neighbouring ones would imitate
 nothing.
+
+**Linear**: the block's features, averaged over all their places, and one linear layer to the classes. This is the head that
+each stage but the last has in ProgFed (Wang et al., "ProgFed: Effective, Communication, and Computation Efficient Federated
+Learning by Progressive Training", ICML 2022). It takes less memory and work, and asks less of a block's shapes, but imitates
+nothing of what follows. The last stage has the model's own head in either kind.
 """
 
 from __future__ import annotations
@@ -17,15 +22,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from frostline.exporter.cutting import Block, CutModel
+from frostline.exporter.inputs import zero_inputs
 from frostline.exporter.tracing import mode
 from frostline.protocol.errors import UsageError
+
+OutputModuleKind = Literal["convolutions", "linear"]
+"""What stands in for the rest of the model."""
 
 KERNEL = 3
 
@@ -71,7 +80,36 @@ class OutputModule(nn.Module):
         return outputs
 
 
-def build_output_module(cut: CutModel, stage: int, seed: int) -> OutputModule:
+class LinearOutput(OutputModule):
+    """The mean over the places of the features, and one linear layer to the classes.
+
+    Parameters
+    ----------
+    stage
+        Index of the trained block; the layer is registered as ``linear_<stage>``, so that no other stage takes its values
+        for those of a layer of its own.
+    places
+        Axes of the trained block's output (N, ...) that are averaged over: all but the batch and the features.
+    layer
+        Features to classes.
+    """
+
+    def __init__(self, stage: int, places: tuple[int, ...], layer: nn.Linear) -> None:
+        super().__init__({}, nn.Identity())
+        self.layer_name = f"linear_{stage}"
+        self.places = places
+        self.add_module(self.layer_name, layer)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, classes) of ``features``, the trained block's output with the batch first."""
+        pooled = features.mean(self.places) if self.places else features
+        logits: torch.Tensor = self.get_submodule(self.layer_name)(pooled)
+        return logits
+
+
+def build_output_module(
+    cut: CutModel, stage: int, seed: int, kind: OutputModuleKind = "convolutions"
+) -> OutputModule:
     """Build the output module for the stage that trains block ``stage``.
 
     Parameters
@@ -83,6 +121,8 @@ def build_output_module(cut: CutModel, stage: int, seed: int) -> OutputModule:
     seed
         Seed of the stand-ins' weights. The stand-in of one block starts with the same weights at every stage; torch's
         global generator is left as it is.
+    kind
+        What stands in for the blocks that follow.
 
     Returns
     -------
@@ -93,17 +133,33 @@ def build_output_module(cut: CutModel, stage: int, seed: int) -> OutputModule:
     ------
     UsageError
         There is no such stage, or neither one convolution nor one linear layer can turn a later block's input into its
-        output.
+        output, where each is to be imitated.
     """
     if not 0 <= stage < len(cut.blocks):
         raise UsageError(
             f"stage {stage} does not exist: the model has {len(cut.blocks)} blocks, so stages 0 to {len(cut.blocks) - 1}"
         )
+    if kind == "linear" and stage + 1 < len(cut.blocks):
+        return _linear_output(cut, stage, seed + stage).train()
     stand_ins: dict[int, nn.Module] = {
         index: _stand_in(cut.blocks[index], seed + index) for index in range(stage + 1, len(cut.blocks))
     }
     module = OutputModule(stand_ins, copy.deepcopy(cut.head))
     return module.train()
+
+
+def _linear_output(cut: CutModel, stage: int, seed: int) -> LinearOutput:
+    block = cut.blocks[stage]
+    features = len(block.output_shape) if _features_last(block) else 1
+    places = tuple(axis for axis in range(1, len(block.output_shape) + 1) if axis != features)
+    like = next(block.module.parameters())
+    with torch.no_grad(), mode(cut.head, training=False):
+        classes = cut.head(like.new_zeros(1, *cut.blocks[-1].output_shape)).shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Linear(block.output_shape[features - 1], classes)
+    _initialise(layer, seed)
+    nn.init.zeros_(layer.bias)
+    return LinearOutput(stage, places, layer.to(like))
 
 
 @dataclass(frozen=True)
@@ -130,10 +186,14 @@ def _stand_in(block: Block, seed: int) -> nn.Module:
             layer = _linear(block)
         else:
             layer = _convolution(block, convolution)
+    _initialise(layer, seed)
+    return layer.to(next(block.module.parameters()))
+
+
+def _initialise(layer: nn.Conv1d | nn.Conv2d | nn.Linear, seed: int) -> None:
     # Fan-in scaling with gain 1 keeps the features' variance through a chain of layers without activations.
     generator = torch.Generator().manual_seed(seed)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="linear", generator=generator)
-    return layer.to(next(block.module.parameters()))
 
 
 def _linear(block: Block) -> nn.Linear:
@@ -160,7 +220,8 @@ def _features_last(block: Block) -> bool:
     and the last layer whose kind shows where its features are decides, followed through the permutations behind it.
     """
     first = next(block.module.parameters())
-    x = torch.zeros(1, *block.input_shape, dtype=first.dtype, device=first.device)
+    x = zero_inputs(1, block.input_shape, block.vocabulary)
+    x = x.to(first) if block.vocabulary is None else x.to(first.device)
     watch = _FeatureAxis(len(block.output_shape) + 1)
     with torch.no_grad(), mode(block.module, training=False), watch:
         block.module(x)
@@ -181,6 +242,8 @@ class _FeatureAxis(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         x = args[0] if args else None
         name = getattr(func, "__name__", "")
+        if name == "embedding" and result.dim() == self._dimensions:
+            self.axis = self._dimensions - 1
         # Layers on fewer axes, such as those of squeeze-and-excitation, see features without their places.
         if isinstance(x, torch.Tensor) and x.dim() >= min(self._dimensions, 3):
             if name in FEATURES_SECOND:

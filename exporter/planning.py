@@ -23,6 +23,7 @@ from frostline.exporter.artifact import (
 from frostline.exporter.cutting import CutModel, cut
 from frostline.exporter.models.lookup import ModelSpec
 from frostline.exporter.optimizer import SGD
+from frostline.exporter.output_module import OutputModuleKind
 from frostline.exporter.stage import Stage, build_stage
 from frostline.exporter.training_step import TracedProgram
 from frostline.exporter.variant import WHOLE, Variant, variants_of
@@ -128,8 +129,10 @@ class BudgetPlanner:
         budget: int,
         seed: int = 0,
         notify: Callable[[str], None] = lambda text: None,
+        output_module: OutputModuleKind = "convolutions",
     ) -> None:
         self._options = options
+        self._output_module = output_module
         self._budget = budget
         self._seed = seed
         self._notify = notify
@@ -178,7 +181,8 @@ class BudgetPlanner:
         return max(found, key=lambda misfit: misfit.planned.total)
 
     def _stages(self, parts: CutModel) -> list[Stage]:
-        return [build_stage(parts, index, self._seed) for index in range(len(parts.blocks))]
+        count = len(parts.blocks)
+        return [build_stage(parts, index, self._seed, self._output_module) for index in range(count)]
 
     @staticmethod
     def _smallest(stage: Stage, options: ExportOptions) -> PlannedMemory:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.exporter.cutting import CutModel
-from frostline.exporter.output_module import OutputModule, build_output_module
+from frostline.exporter.output_module import OutputModule, OutputModuleKind, build_output_module
 
 
 class StageModel(nn.Module):
@@ -54,10 +54,12 @@ class Stage:
     vocabulary: int | None = None
 
 
-def build_stage(cut: CutModel, index: int, seed: int) -> Stage:
+def build_stage(
+    cut: CutModel, index: int, seed: int, output_module: OutputModuleKind = "convolutions"
+) -> Stage:
     """Stage `index` of `cut`; the output module's values come from `seed`."""
     block = cut.blocks[index]
-    model = StageModel(block.module, build_output_module(cut, index, seed))
+    model = StageModel(block.module, build_output_module(cut, index, seed, output_module))
     return Stage(index, len(cut.blocks), block.name, model, block.input_shape, block.vocabulary)
 
 

@@ -76,7 +76,13 @@ def assemble(
     target = target_of(training.engines[0])
     options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer, target=target)
     schedule = GrowingSchedule(
-        spec, parts, options, config.run.seed, test, int8_prefix=training.prefix == "int8"
+        spec,
+        parts,
+        options,
+        config.run.seed,
+        test,
+        int8_prefix=training.prefix == "int8",
+        output_module=config.model.output_module,
     )
     if resume:
         folder = _open_unfinished(out, config)

@@ -29,12 +29,14 @@ class ModelTable(_Table):
     """`[model]`: a built-in name or `package.module:factory`, and where it is cut.
 
     `input_shape` and `classes` are needed only when the server holds no test data to take them from; `vocabulary`, the
-    number of token ids, only by a model of one's own that takes them and has no option of that name.
+    number of token ids, only by a model of one's own that takes them and has no option of that name. `output_module` is
+    what stands in for the blocks to come: a convolution each and the model's head, or one linear layer.
     """
 
     name: str
     options: dict[str, Any] = {}
     blocks: Annotated[int, Field(ge=1)] | list[str] = 4
+    output_module: Literal["convolutions", "linear"] = "convolutions"
     input_shape: list[int] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     vocabulary: Annotated[int, Field(ge=1, le=2**31)] | None = None

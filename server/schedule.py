@@ -20,6 +20,7 @@ from frostline.exporter.artifact import (
 from frostline.exporter.cutting import CutModel
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.models.lookup import ModelSpec
+from frostline.exporter.output_module import OutputModuleKind
 from frostline.exporter.planning import StageVariants
 from frostline.exporter.quantization import in_batches
 from frostline.exporter.stage import (
@@ -63,6 +64,8 @@ class GrowingSchedule:
     int8_prefix : bool
         Whether frozen blocks are compiled in int8 where the target can; calibrated on held-out samples, or without any
         on synthetic ones.
+    output_module : "convolutions" or "linear"
+        What stands in for the blocks to come; a linear one is begun afresh at each stage.
     """
 
     def __init__(
@@ -74,11 +77,12 @@ class GrowingSchedule:
         test: Samples | None,
         *,
         int8_prefix: bool = False,
+        output_module: OutputModuleKind = "convolutions",
     ) -> None:
         self._spec = spec
         self._cut = cut
         self._options = options
-        self._stages = [build_stage(cut, index, seed) for index in range(len(cut.blocks))]
+        self._stages = [build_stage(cut, index, seed, output_module) for index in range(len(cut.blocks))]
         self._variants: dict[tuple[int, Engine], StageVariants] = {}
         self._whole: PlannedMemory | None = None
         self._frozen = 0

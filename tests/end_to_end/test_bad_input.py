@@ -45,6 +45,7 @@ def check(
         (["--model", "small_cnn", "--nesterov", "--momentum", "0"], ["nesterov", "momentum"]),
         (["--model", "small_cnn", "--memory-budget", "some"], ["--memory-budget", "64MB"]),
         (["--model", "small_cnn", "--prefix", "int4"], ["--prefix", "int4", "int8"]),
+        (["--model", "small_cnn", "--output-module", "pooled"], ["--output-module", "pooled", "linear"]),
         (["--model", "small_cnn", "--engine", "tensorflow"], ["tensorflow", "onnxruntime"]),
         (
             ["--model", "small_cnn", "-O", "width=8", "--batch", "2", "--memory-budget", "30kB"],
@@ -167,6 +168,7 @@ def test_export_into_a_folder_that_is_in_use(tmp_path: Path) -> None:
         ('"70%"', '"lots"', ["fleet.memory", "lots"]),
         ('train = "digits"', "", ["data.train"]),
         ("epochs = 2", 'engines = ["tensorflow"]', ["run.toml:LINE: ", "training.engines"]),
+        ("blocks = 2", 'output_module = "x"', ["run.toml:LINE: ", "model.output_module", "'linear'"]),
         ("epochs = 2", 'engines = ["onnxruntime-training"]', ["without momentum", "'onnxruntime'"]),
         ('["100%", "70%"]', '["100%"]\nengines = ["onnxruntime-training"]', ["not installed on this device"]),
         ("join_seconds = 60", "minimum_updates = 9", ["minimum_updates = 9", "devices = 3"]),

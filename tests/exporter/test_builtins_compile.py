@@ -44,6 +44,26 @@ def test_a_stage_trains_as_eager_pytorch_does(
     assert compiled.manifest.samples == x
 
 
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [*(("resnet10", stage) for stage in range(4)), ("sensor_cnn", 0), ("text_transformer", 1)],
+)
+@pytest.mark.parametrize("target", [EXECUTORCH, ONNXRUNTIME], ids=lambda target: target.engine)
+def test_a_stage_with_a_linear_output_module_trains_as_eager_pytorch_does(
+    name: str, stage: int, target: Target
+) -> None:
+    spec = small_model(name, classes=5)
+    assert spec.default_blocks is not None
+    parts = cut(spec.module, spec.default_blocks, spec.example(2), spec.vocabulary)
+    built = build_stage(parts, stage, 0, "linear")
+    compiled = compile_stage(built, ExportOptions(BATCH, 5, target=target))
+    assert compiled.parity.tensor_error < 1e-3
+    trained = {spec.name for spec in compiled.manifest.parameters}
+    layer = "linear_" if stage + 1 < len(parts.blocks) else "head."
+    assert any(name.startswith(f"output_module.{layer}") for name in trained)
+    assert not any("stand_in" in name for name in trained)
+
+
 def test_the_onnx_prefix_takes_token_ids() -> None:
     spec = small_model("text_transformer")
     stage = build_stage(cut(spec.module, 2, spec.example(2), spec.vocabulary), 0, seed=0)

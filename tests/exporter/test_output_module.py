@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from frostline.exporter.cutting import CutModel, cut
 from frostline.exporter.models.lookup import BUILTIN_NAMES
-from frostline.exporter.output_module import build_output_module
+from frostline.exporter.output_module import LinearOutput, build_output_module
+from frostline.exporter.stage import build_stage, load_tensors, trainable_tensors
 from frostline.protocol.errors import UsageError
 from tests.exporter.small_models import IMAGE_CNNS, small_model
 
@@ -205,3 +208,91 @@ def test_features_that_cannot_be_imitated(second: nn.Module, expected: list[str]
 def test_stage_that_does_not_exist(stage: int) -> None:
     with pytest.raises(UsageError, match="stages 0 to 2"):
         build_output_module(_cut("small_cnn"), stage, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "places"),
+    [
+        ("resnet10", [4, 8, 16], (2, 3)),
+        ("vit", [8, 8], (1,)),
+        ("sensor_cnn", [4, 8, 16], (2,)),
+        ("text_transformer", [8, 8], (1,)),
+    ],
+)
+def test_one_linear_layer_over_the_mean_of_the_features(
+    name: str, features: list[int], places: tuple[int, ...]
+) -> None:
+    parts = _cut(name, classes=5)
+    assert len(features) == len(parts.blocks) - 1
+    for stage, width in enumerate(features):
+        module = build_output_module(parts, stage, seed=0, kind="linear")
+        state = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        assert state == {f"linear_{stage}.weight": (5, width), f"linear_{stage}.bias": (5,)}
+        x = torch.randn(3, *parts.blocks[stage].output_shape, generator=torch.Generator().manual_seed(0))
+        mean = x.mean(places)
+        assert mean.shape == (3, width)
+        torch.testing.assert_close(module(x), mean @ module.state_dict()[f"linear_{stage}.weight"].T)
+        assert module.training
+
+
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_the_last_stage_has_the_models_own_head_in_either_kind(name: str) -> None:
+    parts = _cut(name)
+    last = len(parts.blocks) - 1
+    either = [build_output_module(parts, last, 0, kind).state_dict() for kind in ("convolutions", "linear")]
+    assert either[0].keys() == either[1].keys() == {f"head.{key}" for key in parts.head.state_dict()}
+    assert all(torch.equal(value, either[1][key]) for key, value in either[0].items())
+
+
+@pytest.mark.parametrize("name", ["resnet10", "vit"])
+def test_a_linear_layer_is_not_carried_over(name: str) -> None:
+    """Even where the blocks are of one shape: it tells other features apart."""
+    parts = _cut(name)
+    stages = [build_stage(parts, index, 0, "linear") for index in range(len(parts.blocks))]
+    for stage, following in pairwise(stages):
+        before = trainable_tensors(following)
+        load_tensors(following, {key: value + 1 for key, value in trainable_tensors(stage).items()})
+        assert all(torch.equal(value, before[key]) for key, value in trainable_tensors(following).items())
+
+
+def test_linear_weights_depend_on_the_seed_only() -> None:
+    parts = _cut("vit")
+    before = torch.get_rng_state()
+    first, again, other = (
+        build_output_module(parts, 0, seed, "linear").state_dict()["linear_0.weight"] for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_linear_layer_needs_no_block_that_can_be_imitated() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.ConvTranspose2d(2, 2, 2, 2), nn.Flatten(), nn.Linear(128, 3)
+    )
+    parts = cut(module.double(), ["0", "1"], torch.zeros(2, 1, 4, 4).double())
+    output_module = build_output_module(parts, 0, seed=0, kind="linear")
+    assert output_module(torch.zeros(5, 2, 4, 4).double()).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("block", "example", "vocabulary", "places"),
+    [
+        (nn.Embedding(7, 4), torch.zeros(2, 6, dtype=torch.int64), 7, (1,)),
+        (nn.Linear(4, 4), torch.zeros(2, 4), None, ()),
+        (nn.Linear(4, 4), torch.zeros(2, 5, 5, 4), None, (1, 2)),
+        (_ConvNeXtUnit(), torch.zeros(2, 4, 5, 5), None, (2, 3)),
+    ],
+    ids=["token ids", "vectors", "channels last", "ConvNeXt"],
+)
+def test_all_but_the_features_are_averaged_over(
+    block: nn.Module, example: torch.Tensor, vocabulary: int | None, places: tuple[int, ...]
+) -> None:
+    module = nn.Sequential(block, nn.Linear(example.shape[-1] if vocabulary is None else 4, 4))
+    module.append(nn.Flatten()).append(nn.LazyLinear(3))
+    module(example)
+    parts = cut(module, ["0", "1"], example, vocabulary)
+    output_module = build_output_module(parts, 0, seed=0, kind="linear")
+    assert isinstance(output_module, LinearOutput)
+    assert output_module.places == places
+    assert output_module(torch.zeros(2, *parts.blocks[0].output_shape)).shape == (2, 3)

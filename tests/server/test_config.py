@@ -100,6 +100,8 @@ def test_an_unknown_key_is_named_with_its_line(
         (f"{MODEL}[fleet]\nmemory = []\n", "run.toml:4: fleet.memory = []: "),
         ("[model]\nname = 'a'\nblocks = 0\n", "run.toml:3: model.blocks = 0: "),
         ("[model]\nname = 'a'\nblocks = [1]\n", "run.toml:3: model.blocks = "),
+        (f"{MODEL}output_module = 'pooled'\n", "run.toml:3: model.output_module = 'pooled': "),
+        (f"{MODEL}output_module = 1\n", "run.toml:3: model.output_module = 1: "),
         (f'[run]\nfleet = "a"\n{MODEL}[[fleet]]\n', "run.toml:5: fleet = [{}]: "),
         (f"{MODEL}[run]\nseed = 0x{'f' * 9000}\n", "run.toml:4: run.seed = a very long number: "),
     ],

@@ -15,6 +15,7 @@ from frostline.exporter import planning
 from frostline.exporter.artifact import CompiledStage, ExportOptions
 from frostline.exporter.cutting import cut
 from frostline.exporter.models.lookup import build_model
+from frostline.exporter.output_module import OutputModuleKind
 from frostline.exporter.parity import Parity
 from frostline.exporter.stage import Stage, build_stage, load_tensors, statistics_tensors, trainable_tensors
 from frostline.exporter.target import Target
@@ -48,11 +49,18 @@ class Grown:
     test: Samples | None
 
 
-def build(norm: str = "batch", blocks: int = 3, test: Samples | None = None, name: str = "resnet10") -> Grown:
+def build(
+    norm: str = "batch",
+    blocks: int = 3,
+    test: Samples | None = None,
+    name: str = "resnet10",
+    output_module: OutputModuleKind = "convolutions",
+) -> Grown:
     spec = build_model(name, {"width": 4, "norm": norm}, SHAPE, CLASSES, seed=1)
     parts = cut(spec.module, blocks, torch.zeros(2, *SHAPE))
     options = ExportOptions(batch=BATCH, classes=CLASSES)
-    return Grown(GrowingSchedule(spec, parts, options, SEED, test), spec.module, test)
+    schedule = GrowingSchedule(spec, parts, options, SEED, test, output_module=output_module)
+    return Grown(schedule, spec.module, test)
 
 
 def fake_program(name: str, shape: tuple[int, ...]) -> tuple[Program, bytes]:
@@ -203,6 +211,20 @@ def test_the_output_module_is_handed_on_by_name() -> None:
         blocks = {name for name in now if name.startswith("block.")}
         assert blocks
         assert all(np.array_equal(now[name], later[name]) for name in blocks)
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_a_linear_output_module_is_begun_afresh_at_each_stage() -> None:
+    grown, untouched = (build(test=held_out(20), output_module="linear") for _ in range(2))
+    frozen = run_all(grown)
+    for index, layer in enumerate(["linear_0.", "linear_1.", "head."]):
+        begun = grown.schedule.prepare(index, "executorch").weights.keys()
+        names = {name for name in begun if name.startswith("output_module.")}
+        assert names and all(name.startswith(f"output_module.{layer}") for name in names)
+        want = untouched.schedule.prepare(index, "executorch").weights
+        assert all(np.array_equal(trained(want, index)[name], frozen[index][name]) for name in names)
+    head = {name.removeprefix("output_module.head."): frozen[2][name] for name in names}
+    assert all(np.array_equal(grown.model.state_dict()[name], value) for name, value in head.items())
 
 
 @pytest.mark.usefixtures("without_compiler")

@@ -2,6 +2,7 @@
 # make demo    install, then train a model on an emulated fleet, end to end
 # make test    install, then lint, type-check and run every test
 # make onnxruntime-training    the engine of that name, in a folder of its own
+# make aarch64    train on arm64 under emulation; needs qemu-user-static and debootstrap
 # make bench   every benchmark, as tables
 # make lint    format check, lint, types, layers
 
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS := 1
 # 1.19.2 is the last release; it has wheels for x86-64 and Python up to 3.11.
 ORT_TRAINING := build/onnxruntime-training
 
-.PHONY: venv demo test bench lint clean onnxruntime-training
+.PHONY: venv demo test bench lint clean onnxruntime-training aarch64
 
 venv: $(VENV)/.installed
 
@@ -30,6 +31,10 @@ onnxruntime-training: $(ORT_TRAINING)/.installed
 $(ORT_TRAINING)/.installed: venv
 	-$(BIN)/python -m pip install --quiet --no-deps --target $(ORT_TRAINING) onnxruntime-training-cpu==1.19.2
 	mkdir -p $(ORT_TRAINING) && touch $@
+
+aarch64: venv
+	PYTHON=$(BIN)/python tests/aarch64/make_root.sh build/aarch64
+	FROSTLINE_AARCH64_ROOT=build/aarch64 $(BIN)/pytest -rP tests/aarch64
 
 demo: venv
 	$(BIN)/frostline emulate --config examples/quickstart.toml

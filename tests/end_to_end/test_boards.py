@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ import pytest
 
 from frostline.emulator.broker import EmbeddedBroker
 from tests.end_to_end.conftest import command, write_config
-from tests.end_to_end.test_processes import device, rounds_of, started, wait_until
+from tests.end_to_end.test_processes import device, started, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +34,13 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--editable", str(ROOT)]
     subprocess.run(install, check=True)
     return folder
+
+
+def resident(agent: psutil.Process) -> int:
+    """Bytes of an agent and its worker; what they share counts twice."""
+    with suppress(psutil.NoSuchProcess):  # The run may be over.
+        return sum(process.memory_info().rss for process in [agent, *agent.children(recursive=True)])
+    return 0
 
 
 def test_a_board_trains_with_the_base_install(board: Path, tmp_path: Path, broker: EmbeddedBroker) -> None:
@@ -60,9 +67,17 @@ def test_a_board_trains_with_the_base_install(board: Path, tmp_path: Path, broke
         idle = max(process.memory_info().rss for process in boards)
         assert idle < 90 * MEGABYTE
         server = stack.enter_context(started(tmp_path, "server", *serve))
-        wait_until(lambda: rounds_of(out) >= 1, 180)
-        output, _ = server.communicate(timeout=300)
+        training: list[int] = []
+
+        def finished() -> bool:
+            training.extend(map(resident, boards))
+            return server.poll() is not None
+
+        wait_until(finished, 480)
+        output, _ = server.communicate()
         assert server.returncode == 0, (tmp_path / "server.log").read_text()
+    sys.stdout.write(f"waiting {idle} bytes, training {max(training)} bytes\n")
+    assert idle < max(training) < 250 * MEGABYTE
     assert json.loads(output)["accuracy"] >= 0.93
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {engine for record in records for engine in record["engines"]} == {"onnxruntime"}

@@ -15,6 +15,7 @@ from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.flops import forward_flops, step_flops
 from frostline.exporter.inputs import zero_inputs
 from frostline.exporter.layout import Layout
+from frostline.exporter.lowering_cache import LoweringCache
 from frostline.exporter.onnxruntime_training_target import OnnxRuntimeTrainingTarget
 from frostline.exporter.optimizer import SGD, Optimizer
 from frostline.exporter.parity import Parity, check_parity, train_lowered
@@ -63,12 +64,15 @@ class ExportOptions:
         Width of the logits.
     target : Target
         The engine of the devices.
+    cache : LoweringCache or None
+        Where lowered programs are kept from one run to the next.
     """
 
     batch: int
     classes: int
     optimizer: Optimizer = field(default_factory=SGD)
     target: Target = EXECUTORCH
+    cache: LoweringCache | None = None
 
 
 @dataclass(frozen=True)
@@ -225,14 +229,21 @@ def _lower_training(
     programs = trace_training(stage, options, tensors, variant)
     results = [["loss", "correct"], ["applied_rate"]]
     return [
-        options.target.lower(program, tensors.by_name, names)
-        for program, names in zip(programs, results, strict=False)
+        _lower(program, options, tensors, names) for program, names in zip(programs, results, strict=False)
     ]
 
 
 def _lower_evaluation(stage: Stage, options: ExportOptions, tensors: StageTensors) -> LoweredProgram:
     program = trace_evaluation(stage, tensors.state, tensors.x, options.target.rewrite)
-    return options.target.lower(program, tensors.by_name, ["logits"])
+    return _lower(program, options, tensors, ["logits"])
+
+
+def _lower(
+    program: TracedProgram, options: ExportOptions, tensors: StageTensors, results: Sequence[str]
+) -> LoweredProgram:
+    if options.cache is None:
+        return options.target.lower(program, tensors.by_name, results)
+    return options.cache.lower(options.target, program, tensors.by_name, results)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,12 @@ class StageVariants:
                     return compiled
         return None
 
+    def smallest(self) -> CompiledStage:
+        """The stage in the variant that takes least: of the two that are estimated to, since estimates may be near."""
+        estimates = {v: estimate_stage(self._stage, self._options, v).total for v in _variants(self._options)}
+        nearest = sorted(estimates, key=estimates.__getitem__)[:2]
+        return min((self.compiled(v) for v in nearest), key=lambda each: each.manifest.planned.total)
+
     def _least(self, variant: Variant) -> int:
         """What the variant takes at least: exactly if it is compiled."""
         if variant in self._compiled:

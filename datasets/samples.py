@@ -96,6 +96,20 @@ class Samples:
         """
         return [int(count) for count in np.bincount(self.y, minlength=self.classes)]
 
+    def some(self, count: int | None, seed: int) -> Samples:
+        """Samples drawn without replacement, in their order; all of them for None or where there are no more.
+
+        Parameters
+        ----------
+        count : int or None
+            How many, at least 1.
+        seed : int
+            The same seed draws the same.
+        """
+        if count is None or count >= len(self):
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Samples:
         """Copy the samples at the given positions, in that order; a position may be repeated.
 

@@ -77,7 +77,7 @@ class ExecuTorchTrainingSession:
         """Set parameters and statistics by name and reset the optimizer's state; dropout starts from `seed`."""
         self._seed = seed
         for spec in self._manifest.trained:
-            held = np.ascontiguousarray(spec.held(tensors[spec.name]))
+            held = np.asarray(spec.held(tensors[spec.name]), order="C")
             self._trained[spec.name].copy_(torch.from_numpy(held))
         for name, tensor in self._received.items():
             tensor.copy_(self._trained[name.removeprefix("received.")])

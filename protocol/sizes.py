@@ -17,10 +17,22 @@ def parse_size(text: str, what: str) -> int:
     UsageError
         Naming `what` if `text` is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match.group(2).lower() not in _UNITS:
         raise UsageError(f"{what} {text!r}: not a size; write it as 64MB, 1.5GiB or 4096")
     return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+
+
+def parse_share(text: str, whole: int, what: str) -> int:
+    """Bytes of a size, or of a percentage of `whole` such as "60%".
+
+    Raises
+    ------
+    UsageError
+        Naming `what` if `text` is neither.
+    """
+    percent = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*%\s*", text)
+    return int(whole * float(percent.group(1)) / 100) if percent else parse_size(text, what)
 
 
 def format_size(count: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,17 +13,24 @@ from frostline.datasets.load import load_samples
 from frostline.datasets.samples import Samples
 from frostline.exporter.artifact import ExportOptions
 from frostline.exporter.cutting import cut
+from frostline.exporter.lowering_cache import LoweringCache
 from frostline.exporter.models.lookup import ModelSpec, build_model
 from frostline.exporter.onnxruntime_training import check_installed, check_optimizer
 from frostline.exporter.optimizer import build_optimizer
 from frostline.exporter.targets import target_of
+from frostline.protocol.blobs import BlobStore
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
+from frostline.protocol.sizes import parse_share
+from frostline.protocol.topics import Topics
 from frostline.server.config import RunConfig, parse_config
 from frostline.server.coordinator import Coordinator, RunObserver
+from frostline.server.fleet import Fleet
+from frostline.server.gateway import Gateway
 from frostline.server.ledger import Ledger, sqlite_url
 from frostline.server.run_folder import RunFolder
-from frostline.server.schedule import GrowingSchedule
+from frostline.server.schedule import GrowingSchedule, Schedule
+from frostline.server.width_scaling import WidthSchedule
 
 
 @dataclass
@@ -31,15 +40,17 @@ class Run:
     config: RunConfig
     config_text: str
     folder: RunFolder
-    schedule: GrowingSchedule
+    schedule: Schedule
     address: BrokerAddress
     observer: RunObserver = field(default_factory=RunObserver)
 
-    def coordinator(self) -> Coordinator:
-        """The server of this run. Call it inside a running event loop."""
-        return Coordinator(
-            self.config, self.config_text, self.folder, self.schedule, self.address, self.observer
-        )
+    def coordinator(self, fleet: Fleet | None = None) -> Coordinator:
+        """The server of this run, for the fleet behind its broker or another. Call it inside a running event loop."""
+        if fleet is None:
+            updates = BlobStore(self.folder.updates_dir)
+            chunk_size = self.config.broker.chunk_size
+            fleet = Gateway(self.address, Topics(self.config.run.fleet), chunk_size, updates)
+        return Coordinator(self.config, self.config_text, self.folder, self.schedule, fleet, self.observer)
 
 
 def assemble(
@@ -50,17 +61,24 @@ def assemble(
     observer: RunObserver,
     *,
     resume: bool,
+    compiled: Path | None = None,
 ) -> Run:
     """Build the model, cut it and open the run's folder.
+
+    Parameters
+    ----------
+    compiled : Path or None
+        A folder for compiled programs, which runs may share.
 
     Raises
     ------
     UsageError
         If the model, its blocks, the data or the folder do not fit; the folder is touched only when all else does.
     """
-    test = load_samples(config.data.test, "test") if config.data.test else None
+    if config.training.memory_limit is not None:
+        parse_share(config.training.memory_limit, 0, "training.memory_limit")
+    test = load_test_samples(config)
     spec = _model(config, test)
-    parts = cut(spec.module, config.model.blocks, spec.example(2), spec.vocabulary)
     training = config.training
     optimizer = build_optimizer(
         training.optimizer,
@@ -74,22 +92,81 @@ def assemble(
         check_optimizer(optimizer)
         check_installed()
     target = target_of(training.engines[0])
-    options = ExportOptions(batch=training.batch, classes=spec.classes, optimizer=optimizer, target=target)
-    schedule = GrowingSchedule(
-        spec,
-        parts,
-        options,
-        config.run.seed,
-        test,
-        int8_prefix=training.prefix == "int8",
-        output_module=config.model.output_module,
+    options = ExportOptions(
+        batch=training.batch,
+        classes=spec.classes,
+        optimizer=optimizer,
+        target=target,
+        cache=LoweringCache(compiled) if compiled else None,
     )
+    schedule = _schedule(config, spec, options, test)
     if resume:
         folder = _open_unfinished(out, config)
     else:
         folder = RunFolder.create(out)
         folder.write_config(config_text)
     return Run(config, config_text, folder, schedule, address, observer)
+
+
+def load_test_samples(config: RunConfig) -> Samples | None:
+    """The server's held-out samples; None if the run has none."""
+    table = config.data
+    if table.test is None:
+        return None
+    return load_samples(table.test, "test").some(table.test_samples, config.run.seed)
+
+
+def _schedule(config: RunConfig, spec: ModelSpec, options: ExportOptions, test: Samples | None) -> Schedule:
+    full = _growing(config, spec, options, test)
+    if not config.model.widths:
+        return full
+    table = config.model
+    if table.blocks != 1 or max(table.widths) != 1:
+        raise UsageError(
+            "model.widths needs blocks = 1 and 1.0 among the widths: every device trains a whole model"
+        )
+    scaled = []
+    for width in sorted(set(table.widths), reverse=True)[1:]:
+        channels = _scaled_width(spec, table.options, width)
+        narrow = table.model_copy(update={"options": {**table.options, "width": channels}})
+        narrower = _model(config.model_copy(update={"model": narrow}), test)
+        scaled.append((width, _growing(config, narrower, options, None)))
+    return WidthSchedule([(1.0, full), *scaled])
+
+
+def _scaled_width(spec: ModelSpec, options: Mapping[str, Any], width: float) -> int:
+    """The model's option `width`, scaled.
+
+    Raises
+    ------
+    UsageError
+        If the run does not give it, or it scales to less than one channel.
+    """
+    full = options.get("width")
+    if not isinstance(full, int):
+        raise UsageError(
+            f"model.widths: give model {spec.name!r} its full width, such as options = {{ width = 16 }}"
+        )
+    scaled = round(full * width)
+    if scaled < 1:
+        raise UsageError(f"model.widths: {width:g} of width {full} leaves no channel; use wider models")
+    return scaled
+
+
+def _growing(
+    config: RunConfig, spec: ModelSpec, options: ExportOptions, test: Samples | None
+) -> GrowingSchedule:
+    parts = cut(spec.module, config.model.blocks, spec.example(2), spec.vocabulary)
+    int8 = config.training.prefix == "int8"
+    return GrowingSchedule(
+        spec,
+        parts,
+        options,
+        config.run.seed,
+        test,
+        int8_prefix=int8,
+        output_module=config.model.output_module,
+    )
 
 
 def _open_unfinished(out: Path, config: RunConfig) -> RunFolder:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from frostline.protocol.errors import UsageError
 from frostline.protocol.messages import Engine, Name
+
+MOST_EXTENDED = 4
+"""Files that may extend each other in a row."""
 
 
 class _Table(BaseModel):
@@ -28,6 +34,9 @@ class RunTable(_Table):
 class ModelTable(_Table):
     """`[model]`: a built-in name or `package.module:factory`, and where it is cut.
 
+    With `widths`, such as [1.0, 0.5, 0.25], each device trains the widest form of the whole model that fits its memory
+    (HeteroFL): the model needs an option `width`, and `blocks = 1`.
+
     `input_shape` and `classes` are needed only when the server holds no test data to take them from; `vocabulary`, the
     number of token ids, only by a model of one's own that takes them and has no option of that name. `output_module` is
     what stands in for the blocks to come: a convolution each and the model's head, or one linear layer.
@@ -37,6 +46,7 @@ class ModelTable(_Table):
     options: dict[str, Any] = {}
     blocks: Annotated[int, Field(ge=1)] | list[str] = 4
     output_module: Literal["convolutions", "linear"] = "convolutions"
+    widths: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=16)] = []
     input_shape: list[int] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     vocabulary: Annotated[int, Field(ge=1, le=2**31)] | None = None
@@ -46,11 +56,14 @@ class DataTable(_Table):
     """`[data]`: the samples of the run, a built-in name or a folder.
 
     `train` is split over the devices by the emulator; real devices bring their own. `test` is the server's held-out
-    set; without one, devices evaluate on a tenth of their samples.
+    set; without one, devices evaluate on a tenth of their samples. `train_samples` and `test_samples` limit either to as
+    many, drawn at random with the run's seed.
     """
 
     train: str | None = None
     test: str | None = None
+    train_samples: Annotated[int, Field(ge=1)] | None = None
+    test_samples: Annotated[int, Field(ge=1)] | None = None
 
 
 class TrainingTable(_Table):
@@ -73,6 +86,10 @@ class TrainingTable(_Table):
     variants : "auto" or "whole"
         Whether devices with too little memory for a stage in one piece are served micro-batches and recomputation, or
         left out.
+    memory_limit : str or None
+        The most that training may take even on devices that would give more: a size, or a percentage of what training
+        the whole model at once takes. Stages that need more are served in the fastest variant within it, or where none
+        is, in the smallest.
     """
 
     batch: Annotated[int, Field(ge=1, le=65_536)] = 16
@@ -87,6 +104,7 @@ class TrainingTable(_Table):
     engines: Annotated[list[Engine], Field(min_length=1)] = ["executorch", "onnxruntime"]
     prefix: Literal["float32", "int8"] = "float32"
     variants: Literal["auto", "whole"] = "auto"
+    memory_limit: str | None = None
 
 
 class RoundsTable(_Table):
@@ -110,6 +128,36 @@ class RoundsTable(_Table):
         return self
 
 
+class SelectionTable(_Table):
+    """`[selection]`: which of the devices that can train a stage are asked, explained in `frostline.server.selection`.
+
+    Attributes
+    ----------
+    method : "communities", "oort" or "uniform"
+        Oort's utility inside communities of devices with like data, that utility alone, or a draw.
+    class_counts : bool
+        Ask devices how many samples of each class they hold; without, like data show in the updates' last layer.
+    exploration, exploration_decay, exploration_minimum
+        Share of a round's places for devices never seen before, its factor from round to round, and its least.
+    separation : int
+        Rounds that a device rests after one it was asked in, as long as there are others.
+    surplus : float
+        The most leases a round gives out, as a multiple of the devices it wants; how many follows from the dropout seen.
+    deadline_factor : float
+        A lease's deadline as a multiple of what the slowest of the chosen is expected to take, within
+        `rounds.deadline_seconds`; 0 for that alone.
+    """
+
+    method: Literal["communities", "oort", "uniform"] = "communities"
+    class_counts: bool = False
+    exploration: Annotated[float, Field(ge=0, le=1)] = 0.9
+    exploration_decay: Annotated[float, Field(gt=0, le=1)] = 0.95
+    exploration_minimum: Annotated[float, Field(ge=0, le=1)] = 0.2
+    separation: Annotated[int, Field(ge=0, le=10_000)] = 3
+    surplus: Annotated[float, Field(ge=1, le=10)] = 1.5
+    deadline_factor: Annotated[float, Field(ge=0, le=1000)] = 5.0
+
+
 class PaceTable(_Table):
     """`[pace]`: when a block counts as converged; the figures are explained in `frostline.server.pace`.
 
@@ -129,6 +177,9 @@ class PaceTable(_Table):
         Rounds in a row that must look settled.
     scalars : int
         Values watched of a larger block.
+    rollback : float
+        A block is trained once more if the stage behind it ends with an accuracy lower by more than this than the
+        block's own stage did; 1 for never.
     """
 
     window: Annotated[int, Field(ge=2, le=100)] = 5
@@ -138,6 +189,7 @@ class PaceTable(_Table):
     creep: Annotated[float, Field(ge=0, le=1)] = 0.1
     patience: Annotated[int, Field(ge=1)] = 3
     scalars: Annotated[int, Field(ge=1)] = 10_000
+    rollback: Annotated[float, Field(ge=0, le=1)] = 0.02
 
 
 class BrokerTable(_Table):
@@ -154,14 +206,43 @@ class FleetTable(_Table):
     """`[fleet]`: the virtual devices of `frostline emulate`; a server with real devices ignores it.
 
     `memory` is dealt out to the devices in turn: sizes such as "900 kB", or percentages of what training the whole
-    model at once would need, such as "60%". So are `engines`; all that are installed if it is left out.
+    model at once would need, such as "60%"; `memory_range` are two of them, between which every device's budget is drawn
+    instead. `engines` are dealt out in turn too; all that are installed if it is left out. `seed` is that of the fleet's
+    own draws: budgets, speeds and bandwidths.
     """
 
     devices: Annotated[int, Field(ge=1, le=10_000)] = 8
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     memory: Annotated[list[str], Field(min_length=1)] = ["100%"]
+    memory_range: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
     engines: list[Engine] = []
     split: Literal["iid", "dirichlet"] = "iid"
     alpha: Annotated[float, Field(gt=0)] = 0.5
+
+
+class SimulationTable(_Table):
+    """`[simulation]`: what simulated time is counted by; `frostline emulate` and real fleets ignore it.
+
+    Attributes
+    ----------
+    speed : list of float
+        Speeds of the slowest and the fastest device, as multiples of this machine's; drawn between, evenly on a
+        logarithmic scale.
+    bandwidth : list of str
+        Bytes a second of the slowest and the fastest device, each way, such as "2 MB"; drawn likewise.
+    dropout : float
+        Chance that a device vanishes with a lease it took.
+    away_seconds : float
+        How long it stays away.
+    """
+
+    speed: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=2, max_length=2)] = [
+        0.1,
+        0.5,
+    ]
+    bandwidth: Annotated[list[str], Field(min_length=2, max_length=2)] = ["500 kB", "5 MB"]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    away_seconds: Annotated[float, Field(gt=0, le=10**6)] = 120.0
 
 
 class RunConfig(_Table):
@@ -172,24 +253,90 @@ class RunConfig(_Table):
     data: DataTable = DataTable()
     training: TrainingTable = TrainingTable()
     rounds: RoundsTable = RoundsTable()
+    selection: SelectionTable = SelectionTable()
     pace: PaceTable = PaceTable()
     broker: BrokerTable = BrokerTable()
     fleet: FleetTable = FleetTable()
+    simulation: SimulationTable = SimulationTable()
 
 
-def load_config(path: Path) -> tuple[RunConfig, str]:
+Document = dict[str, Any]
+"""What a TOML file says, table by table."""
+
+
+def load_config(path: Path, changes: Mapping[str, Document] | None = None) -> tuple[RunConfig, str]:
     """Read and validate a run's TOML file; returns it with its text.
+
+    A file may say `extends = "other.toml"` on top: it then changes single keys of that one, which lies beside it.
+
+    Parameters
+    ----------
+    changes : mapping of str to mapping, optional
+        Keys to change on top of the file's, by table.
 
     Raises
     ------
     UsageError
         Naming file, line and field, with the likely spelling of an unknown key.
     """
+    sources = _sources(path)
+    if len(sources) == 1 and not changes:
+        return validate(sources[0].document, sources), sources[0].text
+    merged: Document = {}
+    for source in reversed(sources):
+        merged = merge(merged, source.document)
+    merged = merge(merged, changes or {})
+    return validate(merged, sources), tomli_w.dumps(merged)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A TOML text, where it came from, and what it says."""
+
+    name: str
+    text: str
+    document: Document
+
+
+def _sources(path: Path) -> list[Source]:
+    """A file, the one it extends, and so on."""
+    sources: list[Source] = []
+    following: Path | None = path
+    while following is not None:
+        text = read_text(following)
+        document = parse_toml(text, str(following))
+        base = document.pop("extends", None)
+        if base is not None and (not isinstance(base, str) or len(sources) == MOST_EXTENDED):
+            raise UsageError(
+                f"{following}:{_line_of(text, ['extends'])}: extends = {_shown(base)}: give the name of one TOML file, "
+                f"of at most {MOST_EXTENDED} in a row"
+            )
+        sources.append(Source(str(following), text, document))
+        following = following.parent / base if base is not None else None
+    return sources
+
+
+def merge(document: Document, changes: Mapping[str, Any]) -> Document:
+    """The document with single keys changed, table by table; one level deep."""
+    merged = dict(document)
+    for table, keys in changes.items():
+        known = merged.get(table)
+        merged[table] = {**known, **keys} if isinstance(known, dict) and isinstance(keys, dict) else keys
+    return merged
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-    return parse_config(text, str(path)), text
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r}: cannot be read: {error}".replace("'", "")) from None
 
 
 def parse_config(text: str, source: str) -> RunConfig:
@@ -200,18 +347,47 @@ def parse_config(text: str, source: str) -> RunConfig:
     UsageError
         As `load_config` does.
     """
+    document = parse_toml(text, source)
+    return validate(document, [Source(source, text, document)])
+
+
+def parse_toml(text: str, source: str) -> Document:
+    """The tables of a TOML text.
+
+    Raises
+    ------
+    UsageError
+        If it is none.
+    """
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{source}: not valid TOML: {error}") from None
     except (ValueError, RecursionError):
         raise UsageError(f"{source}: a number is too long, or brackets are nested too deeply") from None
+
+
+def validate(document: Document, sources: Sequence[Source]) -> RunConfig:
+    """The run that a document describes, put together from `sources`, the one that has the last word first.
+
+    Raises
+    ------
+    UsageError
+        As `load_config` does.
+    """
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
         # A misspelt key is named before the one that is missing because of it.
         first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-        raise UsageError(_describe(dict(first), text, source)) from None
+        source = next((each for each in sources if _says(each.document, first["loc"])), sources[0])
+        raise UsageError(_describe(dict(first), source.text, source.name)) from None
+
+
+def _says(document: Document, keys: Sequence[int | str]) -> bool:
+    """Whether a document itself has the key, or the table, at fault."""
+    table = document.get(str(keys[0])) if keys else None
+    return table is not None and (len(keys) < 2 or not isinstance(table, dict) or str(keys[1]) in table)
 
 
 def _describe(error: dict[str, Any], text: str, source: str) -> str:

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from frostline.exporter.variant import WHOLE
 from frostline.protocol.blobs import BlobStore
-from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import RunError
-from frostline.protocol.manifest import StageManifest
-from frostline.protocol.messages import BlobReference, Engine, Presence, RunAnnouncement
-from frostline.protocol.sizes import format_size
+from frostline.protocol.manifest import PlannedMemory
+from frostline.protocol.messages import BlobReference, Presence, RunAnnouncement
+from frostline.protocol.sizes import format_size, parse_share
 from frostline.protocol.tensors import Array, encode_tensors
-from frostline.protocol.topics import Topics
-from frostline.server.aggregation import Aggregator
+from frostline.server.aggregation import Aggregator, narrowed
 from frostline.server.config import RunConfig
 from frostline.server.final_model import write_final_model
-from frostline.server.gateway import Gateway
+from frostline.server.fleet import Fleet
 from frostline.server.ledger import Ledger, sqlite_url
+from frostline.server.offering import StageOffers
 from frostline.server.pace import PaceController, PaceReading
 from frostline.server.records import RoundRecord, RunSummary, StageRecord
 from frostline.server.report import write_report
 from frostline.server.round import Round, RoundPlan, wait_for_change
+from frostline.server.round_selection import RoundSelection
 from frostline.server.run_folder import RunFolder
-from frostline.server.schedule import GrowingSchedule, PreparedStage
-from frostline.server.selection import OfferedStage, UniformSelector, fastest_admitted
+from frostline.server.schedule import Schedule
 from frostline.server.snapshots import read_arrays, store_arrays
 
 
@@ -48,26 +45,15 @@ class RunObserver:
 
 @dataclass
 class _StageProgress:
-    """Where a stage stands."""
+    """Where a stage stands; `cap` is the number of rounds it ends at whether it rests or not."""
 
-    offers: list[OfferedStage]
+    offers: StageOffers
     pace: PaceController
     weights: dict[str, Array]
     weights_reference: BlobReference
-    rounds: int = 0
-    budgets: set[tuple[Engine, int]] = field(default_factory=set)
+    cap: int
+    rounds: int
     leased_content: dict[str, set[str]] = field(default_factory=dict)
-
-    @property
-    def manifest(self) -> StageManifest:
-        """The stage trained in one piece, on the run's first engine."""
-        return self.whole[self.offers[0].manifest.engine]
-
-    @property
-    def whole(self) -> dict[Engine, StageManifest]:
-        """The same for each engine that it is compiled for."""
-        manifests = [offer.manifest for offer in self.offers]
-        return {each.engine: each for each in manifests if each.variant == WHOLE.name}
 
 
 class Coordinator:
@@ -79,10 +65,10 @@ class Coordinator:
         The run, and the text it was read from, which is kept with the results.
     folder : RunFolder
         Where everything is written; its ledger may hold a run to go on with.
-    schedule : GrowingSchedule
+    schedule : Schedule
         The model's stages.
-    address : BrokerAddress
-        The broker.
+    fleet : Fleet
+        The devices.
     """
 
     def __init__(
@@ -90,8 +76,8 @@ class Coordinator:
         config: RunConfig,
         config_text: str,
         folder: RunFolder,
-        schedule: GrowingSchedule,
-        address: BrokerAddress,
+        schedule: Schedule,
+        fleet: Fleet,
         observer: RunObserver,
     ) -> None:
         self._config = config
@@ -102,9 +88,9 @@ class Coordinator:
         self._ledger = Ledger(sqlite_url(folder.ledger_path))
         self._weights = BlobStore(folder.weights_dir)
         self._updates = BlobStore(folder.updates_dir)
-        topics = Topics(config.run.fleet)
-        self._gateway = Gateway(address, topics, config.broker.chunk_size, self._updates)
-        self._selector = UniformSelector(config.run.seed)
+        self._fleet = fleet
+        self._selection = RoundSelection(config, fleet, self._ledger, folder)
+        self._limit: int | None = None
         self._stages: list[StageRecord] = []
         # A server killed between recording a round and closing it repeats the round, but not its record.
         self._last_recorded = max((record.round for record in folder.records()), default=-1)
@@ -120,19 +106,18 @@ class Coordinator:
             If no device can train a stage, or too few return anything.
         """
         try:
-            await self._gateway.open()
+            await self._fleet.open()
             run = self._ledger.run()
             whole = await self._compile()
             self._announce(run, "open")
             await self._gather()
-            for index in range(len(self._schedule)):
-                await self._run_stage(run, index)
+            await self._run_stages(run)
             summary = await self._finish(whole)
             self._announce(run, "finished")
             return summary
         finally:
-            self._gateway.content.withdraw_all()
-            await self._gateway.close()
+            self._fleet.content.withdraw_all()
+            await self._fleet.close()
             self._ledger.close()
             self._folder.close()
 
@@ -142,83 +127,126 @@ class Coordinator:
             self._observer.on_note(f"compiling stage {index + 1} of {len(self._schedule)}")
             await asyncio.to_thread(self._schedule.plan, index)
         self._observer.on_note("planning the whole model, for comparison")
-        return (await asyncio.to_thread(self._schedule.plan_whole_model)).total
+        whole = (await asyncio.to_thread(self._schedule.plan_whole_model)).total
+        limit = self._config.training.memory_limit
+        self._limit = None if limit is None else parse_share(limit, whole, "training.memory_limit")
+        return whole
 
     def _announce(self, run: str, state: str) -> None:
         announcement = RunAnnouncement.model_validate(
-            {"run": run, "state": state, "chunk_size": self._config.broker.chunk_size}
+            {
+                "run": run,
+                "state": state,
+                "asks_class_counts": self._config.selection.class_counts,
+                "chunk_size": self._config.broker.chunk_size,
+            }
         )
-        self._gateway.announce(announcement)
+        self._fleet.announce(announcement)
 
     async def _gather(self) -> None:
         """Give the fleet time to join, so that the first round is not trained by whoever came first."""
         wanted = self._config.rounds.devices
-        deadline = time.monotonic() + self._config.rounds.join_seconds
+        deadline = _now() + self._config.rounds.join_seconds
         self._observer.on_note(
             f"waiting for {wanted} devices, at most {self._config.rounds.join_seconds:.0f} s"
         )
-        while len(self._online()) < wanted and time.monotonic() < deadline:
-            await wait_for_change(self._gateway.changed)
+        while len(self._online()) < wanted and _now() < deadline:
+            await wait_for_change(self._fleet.changed)
 
     def _online(self) -> list[Presence]:
-        records = self._gateway.devices.values()
+        records = self._fleet.devices.values()
         return [record.presence for record in records if record.presence.state == "online"]
+
+    async def _run_stages(self, run: str) -> None:
+        """Train the stages in order; a block whose freezing cost accuracy is trained once more."""
+        index = 0
+        while index < len(self._schedule):
+            await self._run_stage(run, index)
+            if self._fell_back(index):
+                previous = self._schedule.name(index - 1)
+                self._observer.on_note(
+                    f"{self._schedule.name(index)} ended less accurate than {previous}, which is trained once more"
+                )
+                self._ledger.reopen_stage(index - 1)
+                self._stages = self._stages[:-2]
+                self._schedule.reopen(index - 1)
+                index -= 1
+            else:
+                index += 1
+
+    def _fell_back(self, index: int) -> bool:
+        """Whether a stage ended less accurate than the one before, whose block was not trained again yet."""
+        if index == 0:
+            return False
+        if self._ledger.begin_stage(index - 1, self._schedule.name(index - 1)).reopened:
+            return False
+        accuracy = {record.stage: record.accuracy for record in self._folder.records()}
+        before, after = accuracy.get(index - 1), accuracy.get(index)
+        return before is not None and after is not None and after < before - self._config.pace.rollback
 
     async def _run_stage(self, run: str, index: int) -> None:
         row = self._ledger.begin_stage(index, self._schedule.name(index))
-        plan = self._schedule.plan(index)
-        record = StageRecord(
-            stage=index,
-            name=self._schedule.name(index),
-            planned_bytes=plan.total,
-            memory=plan.model_dump(),
-            rounds=row.rounds,
-            frozen_by="pace",
-        )
         if row.result is None:
-            self._observer.on_stage(record, len(self._schedule))
-            frozen_by, result = await self._train_stage(run, index)
-            self._ledger.freeze_stage(index, frozen_by, result)
+            await self._train_stage(run, index)
             row = self._ledger.begin_stage(index, self._schedule.name(index))
-        assert row.result is not None
-        reference = BlobReference.model_validate_json(row.result)
-        weights = read_arrays(self._weights, reference)
+        assert row.result is not None and row.planned is not None
+        weights = read_arrays(self._weights, BlobReference.model_validate_json(row.result))
         change = await asyncio.to_thread(self._schedule.freeze, index, weights)
         if change is not None:
             self._observer.on_note(
-                f"{record.name}: in int8 the frozen block changes the accuracy by {change:+.1%}"
+                f"{row.name}: in int8 the frozen block changes the accuracy by {change:+.1%}"
             )
-        ended = {"rounds": row.rounds, "frozen_by": row.frozen_by, "int8_accuracy_change": change}
-        self._stages.append(record.model_copy(update=ended))
+        stage = self._stage_record(index, PlannedMemory.model_validate_json(row.planned))
+        ended = {
+            "rounds": row.rounds,
+            "frozen_by": row.frozen_by,
+            "reopened": row.reopened,
+            "int8_accuracy_change": change,
+        }
+        self._stages.append(stage.model_copy(update=ended))
 
-    async def _train_stage(self, run: str, index: int) -> tuple[str, BlobReference]:
-        """Run rounds until the pace controller freezes the block; returns why it was frozen, and its weights."""
-        progress = self._begin(index)
+    def _stage_record(self, index: int, planned: PlannedMemory) -> StageRecord:
+        return StageRecord(
+            stage=index,
+            name=self._schedule.name(index),
+            planned_bytes=planned.total,
+            memory=planned.model_dump(),
+            rounds=0,
+            frozen_by="pace",
+        )
+
+    async def _train_stage(self, run: str, index: int) -> None:
+        """Run rounds until the pace controller freezes the block, or until there were as many as there may be."""
+        progress = await self._begin(index)
+        planned = progress.offers.manifest.planned
+        self._observer.on_stage(self._stage_record(index, planned), len(self._schedule))
         try:
             # Asked before each round: a server may have been killed between a stage's last round and its freezing.
-            while True:
-                if progress.pace.converged:
-                    return "pace", progress.weights_reference
-                if progress.rounds >= self._config.rounds.max_per_stage:
-                    self._observer.on_note(
-                        f"{self._schedule.name(index)}: frozen by the cap of {progress.rounds} rounds, not converged"
-                    )
-                    return "round_cap", progress.weights_reference
+            while not progress.pace.converged and progress.rounds < progress.cap:
                 await self._run_round(run, index, progress)
         finally:
-            for offer in progress.offers:
-                for reference in (offer.reference, *offer.manifest.files):
-                    self._gateway.content.withdraw(reference)
+            progress.offers.withdraw()
+        if not progress.pace.converged:
+            self._observer.on_note(
+                f"{self._schedule.name(index)}: frozen by the cap of {progress.rounds} rounds, not converged"
+            )
+        frozen_by = "pace" if progress.pace.converged else "round_cap"
+        self._ledger.freeze_stage(index, frozen_by, progress.weights_reference, planned)
 
-    def _begin(self, index: int) -> _StageProgress:
+    async def _begin(self, index: int) -> _StageProgress:
         """Publish a stage and take up where the ledger says it stands."""
-        prepared = self._schedule.prepare(index, self._config.training.engines[0])
+        training, content = self._config.training, self._fleet.content
+        offers = await asyncio.to_thread(
+            StageOffers, index, self._schedule, training, content, self._limit, self._observer.on_note
+        )
         pace = PaceController(self._config.pace, self._config.run.seed)
-        weights_reference = store_arrays(self._weights, prepared.weights)
-        progress = _StageProgress([self._offer(prepared)], pace, prepared.weights, weights_reference)
+        row = self._ledger.begin_stage(index, self._schedule.name(index))
+        cap = row.rounds_before + self._config.rounds.max_per_stage
+        progress = _StageProgress(
+            offers, pace, offers.weights, store_arrays(self._weights, offers.weights), cap, row.rounds
+        )
         last = self._ledger.last_round(index)
         if last is not None:
-            progress.rounds = self._ledger.begin_stage(index, self._schedule.name(index)).rounds
             progress.weights_reference = BlobReference.model_validate_json(last.result or last.weights)
             progress.weights = read_arrays(self._weights, progress.weights_reference)
             snapshot = self._ledger.last_pace(index)
@@ -226,69 +254,39 @@ class Coordinator:
                 pace.restore(read_arrays(self._weights, snapshot))
         return progress
 
-    def _offer(self, prepared: PreparedStage) -> OfferedStage:
-        for content in prepared.files.values():
-            self._gateway.content.offer(content)
-        return OfferedStage(prepared.manifest, self._gateway.content.offer(prepared.manifest.encode()))
-
-    async def _offer_variants(self, index: int, progress: _StageProgress) -> None:
-        """Offer the stage to every engine there is, and devices that cannot hold it in one piece what they can."""
-        devices = [presence for presence in self._online() if presence.samples]
-        served = self._config.training.engines
-        wanted = {
-            (engine, presence.memory_bytes)
-            for presence in devices
-            for engine in [each for each in presence.engines if each in served][:1]
-        }
-        for engine, budget in sorted(wanted - progress.budgets, key=lambda pair: -pair[1]):
-            progress.budgets.add((engine, budget))
-            if engine not in progress.whole:
-                self._observer.on_note(f"{progress.manifest.name}: compiling for {engine}")
-                whole = await asyncio.to_thread(self._schedule.prepare, index, engine)
-                progress.offers.append(self._offer(whole))
-            if budget < progress.whole[engine].planned.total and self._config.training.variants == "auto":
-                await self._offer_within(index, progress, engine, budget)
-        first = progress.offers[0].manifest.engine
-        progress.offers.sort(
-            key=lambda o: (o.manifest.engine != first, o.manifest.engine, -o.manifest.planned.total)
-        )
-
-    async def _offer_within(self, index: int, progress: _StageProgress, engine: Engine, budget: int) -> None:
-        """Offer the fastest variant for an engine that fits a budget, unless it is offered already."""
-        name = progress.manifest.name
-        self._observer.on_note(f"{name}: looking for a variant within {format_size(budget)}")
-        prepared = await asyncio.to_thread(self._schedule.prepare_within, index, engine, budget)
-        offered = [(offer.manifest.engine, offer.manifest.variant) for offer in progress.offers]
-        if prepared and (engine, prepared.manifest.variant) not in offered:
-            progress.offers.append(self._offer(prepared))
-            planned = format_size(prepared.manifest.planned.total)
-            self._observer.on_note(f"{name}: offering {prepared.manifest.variant}, which takes {planned}")
-
     async def _run_round(self, run: str, index: int, progress: _StageProgress) -> None:
         number = self._ledger.rounds()
-        started = time.monotonic()
-        await self._offer_variants(index, progress)
+        started = _now()
+        await progress.offers.widen([presence for presence in self._online() if presence.samples])
         self._ledger.open_round(number, index, progress.weights_reference)
-        weights_reference = self._gateway.content.offer(encode_tensors(progress.weights))
-        plan = RoundPlan(number, run, list(progress.offers), weights_reference)
+        forms = {offer.width: offer.manifest for offer in progress.offers.offers}
+        published = {
+            width: self._fleet.content.offer(encode_tensors(narrowed(progress.weights, manifest.trained)))
+            for width, manifest in forms.items()
+        }
+        last_layer = self._schedule.last_layer(index)
+        plan = self._selection.plan(number, run, progress.offers.offers, published, last_layer)
         aggregator = Aggregator(progress.weights)
-        current = Round(plan, self._config, self._gateway, self._ledger, aggregator, self._updates)
+        current = Round(plan, self._config, self._fleet, self._ledger, aggregator, self._updates)
         try:
-            await self._collect(current, plan, number)
+            await self._collect(current, plan, index)
         finally:
-            self._gateway.content.withdraw(weights_reference)
+            for reference in published.values():
+                self._fleet.content.withdraw(reference)
         for note in current.notes:
             self._observer.on_note(note)
 
         before = progress.weights_reference
         progress.weights = aggregator.result()
         progress.weights_reference = store_arrays(self._weights, progress.weights)
-        parameters = {spec.name for spec in progress.manifest.parameters if spec.name.startswith("block.")}
+        parameters = {
+            spec.name for spec in progress.offers.manifest.parameters if spec.name.startswith("block.")
+        }
         reading = progress.pace.observe({n: w for n, w in progress.weights.items() if n in parameters})
         accuracy = await asyncio.to_thread(self._schedule.accuracy, index, progress.weights)
         pace_reference = store_arrays(self._weights, progress.pace.snapshot())
         if number > self._last_recorded:
-            self._record(current, reading, accuracy, index, number, progress, time.monotonic() - started)
+            self._record(current, plan, reading, accuracy, index, progress, _now() - started)
         replaced = {before.sha256: before}
         if (last_pace := self._ledger.last_pace(index)) is not None:
             replaced[last_pace.sha256] = last_pace
@@ -298,59 +296,75 @@ class Coordinator:
             if reference not in (progress.weights_reference, pace_reference):
                 self._weights.remove(reference)
         progress.rounds += 1
+        self._selection.learn(number)
 
-    async def _collect(self, current: Round, plan: RoundPlan, number: int) -> None:
+    async def _collect(self, current: Round, plan: RoundPlan, index: int) -> None:
         """Run the round, again if need be, until it has the updates it needs."""
-        waiting_since = time.monotonic()
+        waiting_since = _now()
         while True:
-            devices = self._gateway.devices.items()
-            eligible = [device for device, r in devices if fastest_admitted(r.presence, plan.offers)]
+            order = self._selection.order(plan)
             asked = current.asked
-            await current.run(iter(self._selector.order(eligible, number)))
+            await current.run(iter(order))
             if current.asked > asked:
-                waiting_since = time.monotonic()
+                waiting_since = _now()
             if len(current.metrics) >= self._config.rounds.minimum_updates:
                 return
-            if time.monotonic() - waiting_since >= self._config.rounds.join_seconds:
-                raise RunError(
-                    self._explain_shortage(plan.offers[-1].manifest, len(eligible), len(current.metrics))
-                )
-            await wait_for_change(self._gateway.changed)
+            if _now() - waiting_since >= self._config.rounds.join_seconds:
+                explained = asyncio.to_thread(self._explain_shortage, index, len(order), len(current.metrics))
+                raise RunError(await explained)
+            await wait_for_change(self._fleet.changed)
 
-    def _explain_shortage(self, manifest: StageManifest, eligible: int, returned: int) -> str:
+    def _explain_shortage(self, index: int, eligible: int, returned: int) -> str:
         online = self._online()
         waited = f"within {self._config.rounds.join_seconds:.0f} s"
         if not online:
             return f"no device joined fleet {self._config.run.fleet!r} {waited}; start some with frostline device"
-        if not eligible:
-            largest = max(presence.memory_bytes for presence in online)
+        name = self._schedule.name(index)
+        if eligible:
+            needed = self._config.rounds.minimum_updates
+            return f"stage {name!r}: {returned} of at least {needed} updates came back {waited}"
+        engines = self._config.training.engines
+        if not any(set(presence.engines) & set(engines) for presence in online):
             return (
-                f"stage {manifest.name!r} needs {manifest.planned.total} bytes and none of the {len(online)} devices "
-                f"online can train it: the largest budget is {largest} bytes; add a device with more memory, or cut "
-                "the model into more blocks or use a smaller batch"
+                f"stage {name!r}: none of the {len(online)} devices online has an engine of training.engines = {engines}; "
+                "add theirs, or install one of these on a device"
             )
-        needed = self._config.rounds.minimum_updates
-        return f"stage {manifest.name!r}: {returned} of at least {needed} updates came back {waited}"
+        if not any(presence.samples for presence in online):
+            return f"stage {name!r}: none of the {len(online)} devices online has any samples"
+        least = self._least_memory(index)
+        largest = max(presence.memory_bytes for presence in online)
+        return (
+            f"stage {name!r} can be trained with {least} bytes and none of the {len(online)} devices "
+            f"online can train it: the largest budget is {largest} bytes; add a device with {format_size(least)} or "
+            "more, or cut the model into more blocks or use a smaller batch"
+        )
+
+    def _least_memory(self, index: int) -> int:
+        """The smallest budget that a form of the stage fits, for the run's first engine."""
+        engine = self._config.training.engines[0]
+        if self._config.training.variants == "whole":
+            return self._schedule.prepare(index, engine).manifest.planned.total
+        return self._schedule.smallest(index, engine).manifest.planned.total
 
     def _record(
         self,
         current: Round,
+        plan: RoundPlan,
         reading: PaceReading,
         accuracy: float | None,
         index: int,
-        number: int,
         progress: _StageProgress,
         seconds: float,
     ) -> None:
         metrics = current.metrics
         evaluated = sum(m.evaluated for m in metrics)
         on_devices = sum(m.correct for m in metrics) / evaluated if evaluated else None
-        capped = progress.rounds + 1 >= self._config.rounds.max_per_stage
+        served = [current.variants[device].manifest for device in current.accepted_by]
         record = RoundRecord(
             stage=index,
             stage_name=self._schedule.name(index),
             stages=len(self._schedule),
-            round=number,
+            round=plan.number,
             round_in_stage=progress.rounds,
             loss=float(np.average([m.loss for m in metrics], weights=[m.samples for m in metrics])),
             accuracy=accuracy if accuracy is not None else on_devices,
@@ -358,21 +372,22 @@ class Coordinator:
             effective_movement=reading.effective_movement,
             movement_slope=reading.slope,
             speed=reading.speed,
-            frozen=reading.converged or capped,
+            frozen=reading.converged or progress.rounds + 1 >= progress.cap,
             devices_selected=current.asked,
             devices_finished=len(metrics),
             samples=sum(m.samples for m in metrics),
-            bytes_down=self._bytes_down(current, progress),
+            bytes_down=self._bytes_down(current, plan, progress),
             bytes_up=current.bytes_up,
-            planned_bytes=progress.manifest.planned.total,
-            variants=Counter(current.variants[device].manifest.variant for device in current.accepted_by),
-            engines=Counter(current.variants[device].manifest.engine for device in current.accepted_by),
+            planned_bytes=progress.offers.manifest.planned.total,
+            served_bytes=round(np.mean([manifest.planned.total for manifest in served])) if served else 0,
+            variants=Counter(manifest.variant for manifest in served),
+            engines=Counter(manifest.engine for manifest in served),
             seconds=seconds,
         )
         self._folder.record(record)
         self._observer.on_round(record)
 
-    def _bytes_down(self, current: Round, progress: _StageProgress) -> int:
+    def _bytes_down(self, current: Round, plan: RoundPlan, progress: _StageProgress) -> int:
         """Payload the devices of a round fetched: the weights each time, the programs once a device."""
         total = 0
         for device in current.accepted_by:
@@ -380,7 +395,7 @@ class Coordinator:
             known = progress.leased_content.setdefault(device, set())
             wanted = {r.sha256: r.size for r in [offer.reference, *offer.manifest.files]}
             total += sum(size for sha256, size in wanted.items() if sha256 not in known)
-            total += progress.weights_reference.size
+            total += plan.weights[offer.width].size
             known.update(wanted)
         return total
 
@@ -406,3 +421,8 @@ class Coordinator:
         write_report(self._folder, summary, records, self._config_text)
         self._ledger.finish()
         return summary
+
+
+def _now() -> float:
+    """The loop's clock, which may be a simulated one."""
+    return asyncio.get_running_loop().time()

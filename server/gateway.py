@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import Protocol
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.connection import BrokerAddress, Connection
@@ -21,28 +19,11 @@ from frostline.protocol.messages import (
 )
 from frostline.protocol.topics import Received, Topics
 from frostline.server.content import ContentPublisher
-from frostline.server.updates import UpdateJudge, UpdateReceiver
+from frostline.server.fleet import DeviceRecord, RoundListener
+from frostline.server.updates import UpdateReceiver
 
 DEVICES_LIMIT = 100_000
 """Most device names remembered: names come from the network."""
-
-
-class RoundListener(UpdateJudge, Protocol):
-    """What a round is told while it is on."""
-
-    def on_answer(self, device: str, answer: Answer) -> None:
-        """A device took, refused or gave up a lease."""
-
-    def on_presence(self, device: str) -> None:
-        """A device came, changed or went."""
-
-
-@dataclass
-class DeviceRecord:
-    """A device as last heard of; `offline_since` is a reading of the loop's clock, None while it is online."""
-
-    presence: Presence
-    offline_since: float | None
 
 
 class Gateway:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, ForeignKey, create_engine, event, select
+from sqlalchemy import URL, ForeignKey, create_engine, event, inspect, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from frostline.protocol.errors import UsageError
+from frostline.protocol.manifest import PlannedMemory
 from frostline.protocol.messages import BlobReference, TrainingMetrics
 
 
@@ -29,14 +31,20 @@ class RunRow(_Base):
 
 
 class StageRow(_Base):
-    """A stage that began; `result` names its weights once it is frozen."""
+    """A stage that began; `result` names its weights once it is frozen, `planned` what its fastest form took, as JSON.
+
+    `rounds_before` are those of it that passed before it was opened again.
+    """
 
     __tablename__ = "stages"
     stage: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     name: Mapped[str]
     rounds: Mapped[int] = mapped_column(default=0)
+    reopened: Mapped[bool] = mapped_column(default=False)
+    rounds_before: Mapped[int] = mapped_column(default=0)
     frozen_by: Mapped[str | None]
     result: Mapped[str | None]
+    planned: Mapped[str | None]
 
 
 class RoundRow(_Base):
@@ -51,13 +59,17 @@ class RoundRow(_Base):
 
 
 class LeaseRow(_Base):
-    """A lease; `state` is open, done, refused, failed or expired."""
+    """A lease; `state` is open, done, refused, failed, expired or surplus.
+
+    `width` is that of the form of the stage that was leased; `surplus` means that the round had enough without it.
+    """
 
     __tablename__ = "leases"
     lease: Mapped[str] = mapped_column(primary_key=True)
     round: Mapped[int] = mapped_column(ForeignKey("rounds.number"), index=True)
     device: Mapped[str]
     state: Mapped[str]
+    width: Mapped[float] = mapped_column(default=1.0)
     reason: Mapped[str] = mapped_column(default="")
 
 
@@ -71,17 +83,19 @@ class UpdateRow(_Base):
     device: Mapped[str]
     content: Mapped[str]
     metrics: Mapped[str]
+    observation: Mapped[str]
 
 
 @dataclass(frozen=True)
 class AcceptedUpdate:
-    """An update as the ledger remembers it."""
+    """An update as the ledger remembers it; `observation` is `frostline.server.history.Observation` as JSON."""
 
     update: str
     lease: str
     device: str
     content: BlobReference
     metrics: TrainingMetrics
+    observation: str = "{}"
 
 
 def sqlite_url(path: Path) -> URL:
@@ -90,13 +104,34 @@ def sqlite_url(path: Path) -> URL:
 
 
 class Ledger:
-    """The journal behind a database URL, such as `sqlite_url` or `postgresql+psycopg://host/name`."""
+    """The journal behind a database URL, such as `sqlite_url` or `postgresql+psycopg://host/name`.
+
+    Raises
+    ------
+    UsageError
+        If the database holds the ledger of another version.
+    """
 
     def __init__(self, url: URL | str) -> None:
         self._engine = create_engine(url)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
+        self._check_columns()
         _Base.metadata.create_all(self._engine)
+
+    def _check_columns(self) -> None:
+        found = inspect(self._engine)
+        for table in _Base.metadata.sorted_tables:
+            known = (
+                {column["name"] for column in found.get_columns(table.name)}
+                if found.has_table(table.name)
+                else None
+            )
+            if known is not None and not known.issuperset(table.columns.keys()):
+                raise UsageError(
+                    f"the ledger {self._engine.url} was written by another version of Frostline: finish the run with that "
+                    "one, or begin it anew"
+                )
 
     def close(self) -> None:
         """Release the database."""
@@ -131,11 +166,25 @@ class Ledger:
                 session.add(row)
             return row
 
-    def freeze_stage(self, stage: int, frozen_by: str, result: BlobReference) -> None:
-        """Record that a stage's block is frozen with the weights `result`."""
+    def freeze_stage(self, stage: int, frozen_by: str, result: BlobReference, planned: PlannedMemory) -> None:
+        """Record that a stage's block is frozen with the weights `result`, trained in forms of at most `planned`."""
         with Session(self._engine) as session, session.begin():
             row = session.get_one(StageRow, stage)
             row.frozen_by, row.result = frozen_by, result.model_dump_json()
+            row.planned = planned.model_dump_json()
+
+    def reopen_stage(self, stage: int) -> None:
+        """Record that a frozen block is to be trained once more, and the stages behind it after it.
+
+        All go on from the weights they had, but are watched as if they were new.
+        """
+        with Session(self._engine) as session, session.begin():
+            session.get_one(StageRow, stage).reopened = True
+            for row in session.scalars(select(StageRow).where(StageRow.stage >= stage)):
+                row.frozen_by = row.result = None
+                row.rounds_before = row.rounds
+            for each in session.scalars(select(RoundRow).where(RoundRow.stage >= stage)):
+                each.pace = None
 
     def last_round(self, stage: int) -> RoundRow | None:
         """The latest round of a stage."""
@@ -172,10 +221,10 @@ class Ledger:
             ):
                 lease.state = "expired"
 
-    def add_lease(self, lease: str, number: int, device: str) -> None:
+    def add_lease(self, lease: str, number: int, device: str, width: float = 1.0) -> None:
         """Record a lease before it is sent."""
         with Session(self._engine) as session, session.begin():
-            session.add(LeaseRow(lease=lease, round=number, device=device, state="open"))
+            session.add(LeaseRow(lease=lease, round=number, device=device, state="open", width=width))
 
     def settle_lease(self, lease: str, state: str, reason: str = "") -> None:
         """Record how a lease ended."""
@@ -186,7 +235,9 @@ class Ledger:
     def leases(self, number: int) -> list[LeaseRow]:
         """All leases of a round."""
         with Session(self._engine, expire_on_commit=False) as session:
-            return list(session.scalars(select(LeaseRow).where(LeaseRow.round == number)))
+            return list(
+                session.scalars(select(LeaseRow).where(LeaseRow.round == number).order_by(LeaseRow.lease))
+            )
 
     def add_update(self, accepted: AcceptedUpdate, number: int) -> None:
         """Record an update and settle its lease, in one transaction, before it is acknowledged."""
@@ -199,6 +250,7 @@ class Ledger:
                     device=accepted.device,
                     content=accepted.content.model_dump_json(),
                     metrics=accepted.metrics.model_dump_json(),
+                    observation=accepted.observation,
                 )
             )
             session.get_one(LeaseRow, accepted.lease).state = "done"
@@ -219,6 +271,7 @@ class Ledger:
                     row.device,
                     BlobReference.model_validate_json(row.content),
                     TrainingMetrics.model_validate_json(row.metrics),
+                    row.observation,
                 )
                 for row in session.scalars(query)
             ]

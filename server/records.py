@@ -59,7 +59,9 @@ class RoundRecord(_Record):
     bytes_up : int
         Bytes received from devices in the round.
     planned_bytes : int
-        Bytes of memory that training this stage in one piece takes on a device.
+        Bytes of memory that the fastest form of the stage takes on a device.
+    served_bytes : int
+        The same of the forms that the round's devices trained, their mean.
     variants : dict of str to int
         How many of the devices trained which variant of the stage.
     seconds : float
@@ -84,6 +86,7 @@ class RoundRecord(_Record):
     bytes_down: Count
     bytes_up: Count
     planned_bytes: Count
+    served_bytes: Count = 0
     variants: dict[str, Count]
     engines: dict[str, Count]
     seconds: float
@@ -99,13 +102,15 @@ class StageRecord(_Record):
     name : str
         Its name.
     planned_bytes : int
-        Bytes of memory that training the stage takes on a device.
+        Bytes of memory that the fastest form of the stage on offer takes on a device.
     memory : dict of str to int
         The same bytes by kind, such as "arena", "parameters" or "optimizer_state".
     rounds : int
         Rounds spent on the stage.
     frozen_by : {"pace", "round_cap"}
         What ended the stage: the pace controller, or the configured limit on rounds.
+    reopened : bool
+        Whether the block was frozen, found to cost accuracy, and trained once more.
     int8_accuracy_change : float or None
         What the frozen block in int8, as devices run it, changes of the stage's accuracy; None if it is not in int8, or
         without held-out samples on the server.
@@ -117,6 +122,7 @@ class StageRecord(_Record):
     memory: dict[str, Count]
     rounds: Count
     frozen_by: FrozenBy
+    reopened: bool = False
     int8_accuracy_change: float | None = None
 
 
@@ -160,3 +166,64 @@ class RunSummary(_Record):
     bytes_up: Count
     seconds: float
     stages: list[StageRecord]
+
+
+class DeviceChoice(_Record):
+    """Where one device stood when a round was planned, and why.
+
+    Attributes
+    ----------
+    chosen : bool
+        Whether its place was among those asked at once; later places are asked as others fail.
+    place : int or None
+        Its place in the order, from 0; None if it cannot train the stage.
+    reason : str
+        Why it stands there, or why it cannot.
+    community, utility, speed_factor, score
+        As `frostline.server.selection.Ranked` has them.
+    memory_bytes, planned_bytes : int
+        Its budget, and what the form it would be served takes.
+    variant : str
+        That form.
+    predicted_seconds : float or None
+        How long it was expected to take.
+    """
+
+    device: str
+    reason: str
+    chosen: bool = False
+    place: Count | None = None
+    community: Count | None = None
+    utility: float | None = None
+    speed_factor: float | None = None
+    score: float | None = None
+    memory_bytes: Count = 0
+    planned_bytes: Count | None = None
+    variant: str = ""
+    predicted_seconds: float | None = None
+
+
+class SelectionRecord(_Record):
+    """How a round's devices were chosen.
+
+    Attributes
+    ----------
+    devices_wanted, surplus : int
+        Updates that end the round, and leases given out beyond that.
+    dropout : float
+        Share of the latest leases that were taken and not kept.
+    deadline_seconds : float
+        A lease's deadline.
+    devices : list of DeviceChoice
+        Every device known, in the order of asking; those that cannot train the stage last.
+    """
+
+    round: Count
+    stage: Count
+    stage_name: str
+    method: str
+    devices_wanted: Count
+    surplus: Count
+    dropout: Fraction
+    deadline_seconds: float
+    devices: list[DeviceChoice]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import CorruptContent
-from frostline.protocol.manifest import TensorSpec
 from frostline.protocol.messages import Answer, BlobReference, Lease, TrainingMetrics, UpdateOffer
-from frostline.protocol.tensors import decode_tensors
+from frostline.protocol.tensors import Array, decode_tensors
+from frostline.server.admission import OfferedStage, fastest_admitted
 from frostline.server.aggregation import Aggregator
 from frostline.server.config import RunConfig
-from frostline.server.gateway import Gateway
+from frostline.server.fleet import Fleet
+from frostline.server.history import Observation, sketch_of
 from frostline.server.ledger import AcceptedUpdate, Ledger
-from frostline.server.selection import OfferedStage, fastest_admitted
 
 OFFLINE_GRACE_SECONDS = 10.0
 """How long a device with a lease may be gone before another takes its place."""
@@ -28,8 +28,9 @@ TICK_SECONDS = 0.5
 class _OpenLease:
     device: str
     message: Lease
-    expires: float
+    sent: float
     session: str
+    offer: OfferedStage
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,27 @@ class RoundPlan:
     Attributes
     ----------
     offers : sequence of OfferedStage
-        The variants of the stage, fastest first; all train the same tensors.
+        The forms of the stage, fastest first.
+    weights : mapping of float to BlobReference
+        What devices start from, by the width of the form.
+    devices : int
+        Updates that end the round.
+    surplus : int
+        Leases given out beyond that, since some devices drop out.
+    deadline_seconds : float
+        After which a lease goes to another device.
+    last_layer : sequence of str
+        Names of the last layer's tensors, whose movement tells devices' data apart.
     """
 
     number: int
     run: str
     offers: Sequence[OfferedStage]
-    weights_reference: BlobReference
-
-    @property
-    def trained(self) -> list[TensorSpec]:
-        """The tensors an update holds."""
-        return self.offers[0].manifest.trained
+    weights: Mapping[float, BlobReference]
+    devices: int
+    deadline_seconds: float
+    surplus: int = 0
+    last_layer: Sequence[str] = ()
 
 
 class Round:
@@ -64,14 +74,14 @@ class Round:
         self,
         plan: RoundPlan,
         config: RunConfig,
-        gateway: Gateway,
+        fleet: Fleet,
         ledger: Ledger,
         aggregator: Aggregator,
         updates: BlobStore,
     ) -> None:
         self._plan = plan
         self._config = config
-        self._gateway = gateway
+        self._fleet = fleet
         self._ledger = ledger
         self._aggregator = aggregator
         self._updates = updates
@@ -91,24 +101,28 @@ class Round:
 
     async def run(self, candidates: Iterator[str]) -> None:
         """Ask candidates in order until enough have returned an update or none is left to ask."""
-        wanted = self._config.rounds.devices
-        self._gateway.listen(self)
+        wanted = self._plan.devices
+        self._fleet.listen(self)
         try:
             # Presences that came while nobody listened are not told again.
-            for holder in {held.device for held in self._open.values()} & self._gateway.devices.keys():
+            for holder in {held.device for held in self._open.values()} & self._fleet.devices.keys():
                 self.on_presence(holder)
             while True:
                 self._expire()
-                while len(self.metrics) + len(self._open) < wanted:
+                if len(self.metrics) >= wanted:
+                    for lease in list(self._open):
+                        self._settle(lease, "surplus", "the round has enough updates")
+                    return
+                while len(self.metrics) + len(self._open) < wanted + self._plan.surplus:
                     device = next(candidates, None)
                     if device is None:
                         break
                     self._ask(device)
                 if not self._open:
                     return
-                await wait_for_change(self._gateway.changed)
+                await wait_for_change(self._fleet.changed)
         finally:
-            self._gateway.listen(None)
+            self._fleet.listen(None)
 
     def on_answer(self, device: str, answer: Answer) -> None:
         """Note that a device took a lease, or settle the lease it did not take or gave up."""
@@ -123,13 +137,13 @@ class Round:
 
     def on_presence(self, device: str) -> None:
         """Repeat the lease to a device that came back with a new session and may not have it."""
-        record = self._gateway.devices[device]
+        record = self._fleet.devices[device]
         if record.offline_since is not None:
             return
         for lease in self._open.values():
             if lease.device == device and lease.session != record.presence.session:
                 lease.session = record.presence.session
-                self._gateway.send_lease(device, lease.message)
+                self._fleet.send_lease(device, lease.message)
 
     def is_counted(self, update: str) -> bool:
         """Whether the update was counted before."""
@@ -140,10 +154,10 @@ class Round:
         lease = self._open.get(offer.lease)
         if lease is None or lease.device != device:
             return "the lease is not open any more"
-        limit = sum(spec.size_bytes + 512 for spec in self._plan.trained) + 4096
+        limit = sum(spec.size_bytes + 512 for spec in lease.offer.manifest.trained) + 4096
         if offer.content.size > limit:
             return f"an update of this stage has at most {limit} bytes"
-        announced = self._gateway.devices[device].presence.samples if device in self._gateway.devices else 0
+        announced = self._fleet.devices[device].presence.samples if device in self._fleet.devices else 0
         if offer.metrics.samples > announced:
             return f"{offer.metrics.samples} samples claimed, {announced} announced"
         return ""
@@ -156,13 +170,15 @@ class Round:
             return objection
         if self._ledger.has_update(offer.update):
             return "an update of this identifier was counted before"
+        lease = self._open[offer.lease]
         try:
-            tensors = decode_tensors(content, self._plan.trained, f"update of {device}")
+            tensors = decode_tensors(content, lease.offer.manifest.trained, f"update of {device}")
         except CorruptContent as error:
             self._settle(offer.lease, "failed", str(error))
             return str(error)
         reference = BlobReference(sha256=offer.content.sha256, size=offer.content.size)
-        accepted = AcceptedUpdate(offer.update, offer.lease, device, reference, offer.metrics)
+        observation = self._observe(lease, offer, tensors).model_dump_json()
+        accepted = AcceptedUpdate(offer.update, offer.lease, device, reference, offer.metrics, observation)
         self._ledger.add_update(accepted, self._plan.number)
         self._aggregator.fold(tensors, offer.metrics.samples)
         self.metrics.append(offer.metrics)
@@ -170,61 +186,77 @@ class Round:
         self._open.pop(offer.lease, None)
         return ""
 
+    def _observe(self, lease: _OpenLease, offer: UpdateOffer, tensors: Mapping[str, Array]) -> Observation:
+        return Observation(
+            flops=lease.offer.manifest.flops,
+            turnaround_seconds=asyncio.get_running_loop().time() - lease.sent,
+            transferred_bytes=self._plan.weights[lease.offer.width].size + offer.content.size,
+            sketch=sketch_of(tensors, self._plan.last_layer, self._config.run.seed),
+        )
+
     def _restore(self) -> None:
         """Take up a round that a killed server left: refold what was counted, keep the open leases."""
+        leases = self._ledger.leases(self._plan.number)
+        leased = {row.lease: self._offer_of_width(row.width) for row in leases}
         for update in self._ledger.updates(self._plan.number):
             content = self._updates.read(update.content)
-            tensors = decode_tensors(content, self._plan.trained, f"update of {update.device}")
+            trained = leased[update.lease].manifest.trained
+            tensors = decode_tensors(content, trained, f"update of {update.device}")
             self._aggregator.fold(tensors, update.metrics.samples)
             self.metrics.append(update.metrics)
             self.bytes_up += update.content.size
-        for row in self._ledger.leases(self._plan.number):
+        for row in leases:
             if row.state in ("open", "done"):
                 # A device that failed may be asked again: after a restart it deserves another try.
                 self._asked.add(row.device)
             if row.state == "open":
                 # The device may have lost it or hold a finished update for it; an empty session repeats it.
-                self._open[row.lease] = self._lease(row.lease, row.device, session="")
+                offer = self._variant_for(row.device)
+                if offer is None or offer.width != row.width:
+                    offer = leased[row.lease]
+                self._open[row.lease] = self._lease(row.lease, row.device, offer, session="")
+
+    def _offer_of_width(self, width: float) -> OfferedStage:
+        """The form of that width which takes least; the same tensors are trained in all of a width."""
+        return [offer for offer in self._plan.offers if offer.width == width][-1]
 
     def _ask(self, device: str) -> None:
-        if device in self._asked or self._variant_for(device) is None:
+        offer = self._variant_for(device)
+        if device in self._asked or offer is None:
             return
         lease = os.urandom(16).hex()
-        session = self._gateway.devices[device].presence.session
+        session = self._fleet.devices[device].presence.session
         self._asked.add(device)
-        self._open[lease] = self._lease(lease, device, session)
-        self._ledger.add_lease(lease, self._plan.number, device)
-        self._gateway.send_lease(device, self._open[lease].message)
+        self._open[lease] = self._lease(lease, device, offer, session)
+        self._ledger.add_lease(lease, self._plan.number, device, offer.width)
+        self._fleet.send_lease(device, self._open[lease].message)
 
     def _variant_for(self, device: str) -> OfferedStage | None:
-        record = self._gateway.devices.get(device)
+        record = self._fleet.devices.get(device)
         return fastest_admitted(record.presence, self._plan.offers) if record else None
 
-    def _lease(self, lease: str, device: str, session: str) -> _OpenLease:
-        training, rounds = self._config.training, self._config.rounds
-        # A device that is not there yet gets the variant that needs least, should it have lost its lease.
-        variant = self._variant_for(device) or self._plan.offers[-1]
-        self.variants[device] = variant
+    def _lease(self, lease: str, device: str, offer: OfferedStage, session: str) -> _OpenLease:
+        training = self._config.training
+        self.variants[device] = offer
         message = Lease(
             run=self._plan.run,
             lease=lease,
             round=self._plan.number,
-            manifest=variant.reference,
-            weights=self._plan.weights_reference,
+            manifest=offer.reference,
+            weights=self._plan.weights[offer.width],
             epochs=training.epochs,
             learning_rate=training.learning_rate,
             seed=(self._config.run.seed + 7919 * self._plan.number) % 2**32,
             evaluate=self._config.data.test is None,
-            deadline_seconds=rounds.deadline_seconds,
+            deadline_seconds=self._plan.deadline_seconds,
         )
-        expires = asyncio.get_running_loop().time() + rounds.deadline_seconds
-        return _OpenLease(device, message, expires, session)
+        return _OpenLease(device, message, asyncio.get_running_loop().time(), session, offer)
 
     def _expire(self) -> None:
         now = asyncio.get_running_loop().time()
         for lease, held in list(self._open.items()):
-            record = self._gateway.devices.get(held.device)
-            if now >= held.expires:
+            record = self._fleet.devices.get(held.device)
+            if now >= held.sent + self._plan.deadline_seconds:
                 self._settle(lease, "expired", "the deadline passed")
             elif (
                 record is not None
@@ -236,7 +268,8 @@ class Round:
     def _settle(self, lease: str, state: str, reason: str) -> None:
         held = self._open.pop(lease)
         self._ledger.settle_lease(lease, state, reason)
-        self.notes.append(f"{held.device}: {state}: {reason}")
+        if state != "surplus":
+            self.notes.append(f"{held.device}: {state}: {reason}")
 
 
 async def wait_for_change(event: asyncio.Event) -> None:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from frostline.protocol.errors import CorruptContent, RunError, UsageError
-from frostline.server.records import RoundRecord
+from frostline.server.records import RoundRecord, SelectionRecord
 
 _METRICS_NAME = "metrics.jsonl"
 
@@ -191,7 +191,7 @@ class RunFolder:
             A file cannot be written, or TensorBoard is not installed.
         """
         try:
-            self._append(event.model_dump_json().encode() + b"\n")
+            self._append(self.metrics_path, event.model_dump_json().encode() + b"\n")
             if self._scalars is None:
                 self._scalars = _Scalars(self.tensorboard_dir)
             self._scalars.add(event)
@@ -221,29 +221,69 @@ class RunFolder:
             ) from error
         return list(self._parse(content))
 
+    @property
+    def selection_path(self) -> Path:
+        """How each round's devices were chosen, one JSON object a line."""
+        return self.path / "selection.jsonl"
+
+    def record_selection(self, selection: SelectionRecord) -> None:
+        """Append how a round's devices were chosen.
+
+        Raises
+        ------
+        RunError
+            The file cannot be written.
+        """
+        try:
+            self._append(self.selection_path, selection.model_dump_json().encode() + b"\n")
+        except OSError as error:
+            raise _cannot_write(self.selection_path, error) from error
+
+    def selection(self, number: int) -> SelectionRecord | None:
+        """How a round's devices were chosen the last time it was planned; None if it never was.
+
+        Raises
+        ------
+        CorruptContent
+            A line of the file is not such a record.
+        """
+        found: SelectionRecord | None = None
+        if self.selection_path.exists():
+            for line, content in enumerate(self.selection_path.read_bytes().split(b"\n")[:-1], start=1):
+                record = _parse_line(SelectionRecord, content, f"{self.selection_path}:{line}")
+                found = record if record.round == number else found
+        return found
+
     def close(self) -> None:
         """Close the TensorBoard file; recording again opens another."""
         if self._scalars is not None:
             self._scalars.close()
             self._scalars = None
 
-    def _append(self, line: bytes) -> None:
-        with self.metrics_path.open("a+b") as file:
+    @staticmethod
+    def _append(path: Path, line: bytes) -> None:
+        with path.open("a+b") as file:
             _cut_unfinished_line(file)
             file.write(line)
 
     def _parse(self, content: bytes) -> Iterator[RoundRecord]:
         # What follows the last newline is what a killed process did not finish writing.
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-            try:
-                yield RoundRecord.model_validate_json(line)
-            except ValidationError as error:
-                problem = error.errors()[0]
-                where = ".".join(str(part) for part in problem["loc"]) or "the line"
-                raise CorruptContent(
-                    f"{self.metrics_path}:{number} is not a round's record ({where}: {problem['msg']}): "
-                    "restore the file, or remove that line."
-                ) from error
+            yield _parse_line(RoundRecord, line, f"{self.metrics_path}:{number}")
+
+
+_Line = TypeVar("_Line", bound=BaseModel)
+
+
+def _parse_line(kind: type[_Line], line: bytes, where: str) -> _Line:
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "the line"
+        raise CorruptContent(
+            f"{where} is not a round's record ({field}: {problem['msg']}): restore the file, or remove that line."
+        ) from error
 
 
 class _Scalars:

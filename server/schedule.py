@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,11 +45,70 @@ CALIBRATION = 64
 
 @dataclass(frozen=True)
 class PreparedStage:
-    """A stage as devices get it: the manifest with its prefix, every file it names, and the first weights."""
+    """A stage as devices get it: the manifest with its prefix, every file it names, and the first weights.
+
+    Attributes
+    ----------
+    width : float
+        The share of the channels that this form of the stage trains.
+    """
 
     manifest: StageManifest
     files: Mapping[str, bytes]
     weights: dict[str, Array]
+    width: float = 1.0
+
+
+class Schedule(Protocol):
+    """The stages of a run, one after another."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def name(self, index: int) -> str:
+        """The name of a stage's block."""
+
+    def plan(self, index: int) -> PlannedMemory:
+        """What training a stage in one piece takes on a device; compiles the stage on first use."""
+
+    def plan_whole_model(self) -> PlannedMemory:
+        """What training the whole model at once would take, by the same count."""
+
+    def prepare(self, index: int, engine: Engine) -> PreparedStage:
+        """The stage for an engine, trained in one piece, behind the blocks that are frozen by now."""
+
+    def prepare_within(self, index: int, engine: Engine, budget: int) -> PreparedStage | None:
+        """The same in the fastest form that fits a budget in bytes; None if none does. May compile some."""
+
+    def smallest(self, index: int, engine: Engine) -> PreparedStage:
+        """The form that takes least. May compile some."""
+
+    def narrower(self, index: int, engine: Engine) -> list[PreparedStage]:
+        """The forms that train a part of the channels: on offer from the start, since updates of each may be awaited."""
+
+    def last_layer(self, index: int) -> list[str]:
+        """Names of the tensors of the stage's last layer."""
+
+    def accuracy(self, index: int, weights: Mapping[str, Array]) -> float | None:
+        """Fraction of the held-out samples the stage classifies correctly; None without any."""
+
+    def freeze(self, index: int, weights: Mapping[str, Array]) -> float | None:
+        """Fix a stage's block, move the frost line behind it and hand its output module on.
+
+        Returns
+        -------
+        float or None
+            What the block in int8 changes of the stage's accuracy; None if it is not, or without held-out samples.
+        """
+
+    def reopen(self, index: int) -> None:
+        """Take the frost line back before a block that was frozen last."""
+
+    def trained_model(self) -> torch.nn.Module:
+        """The whole model with every frozen block and the last head in place."""
+
+    def example(self, batch: int) -> Tensor:
+        """A batch of zeros as the model takes it."""
 
 
 class GrowingSchedule:
@@ -123,6 +183,26 @@ class GrowingSchedule:
         compiled = self._compiled(index, engine).fastest(budget, prefix)
         return self._prepared(index, compiled) if compiled else None
 
+    def smallest(self, index: int, engine: Engine) -> PreparedStage:
+        """The variant that takes least. May compile some."""
+        return self._prepared(index, self._compiled(index, engine).smallest())
+
+    def narrower(self, index: int, engine: Engine) -> list[PreparedStage]:
+        """None: every form of a stage trains all of it."""
+        return []
+
+    def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of a stage's trained tensors by name."""
+        stage = self._stages[index]
+        tensors = {**trainable_tensors(stage), **statistics_tensors(stage)}
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def last_layer(self, index: int) -> list[str]:
+        """Names of the tensors of the stage's last layer with weights."""
+        names = [name for name, p in self._stages[index].model.named_parameters() if p.requires_grad]
+        layer = names[-1].rpartition(".")[0]
+        return [name for name in names if name.rpartition(".")[0] == layer]
+
     def _compiled(self, index: int, engine: Engine) -> StageVariants:
         """The variants of a stage for an engine; a stage is the same on all."""
         key = index, engine
@@ -183,6 +263,17 @@ class GrowingSchedule:
             self._features = self._forward(stage.model.block.eval(), self._features)
         load_tensors(self._stages[index + 1], {**trainable_tensors(stage), **statistics_tensors(stage)})
         return change
+
+    def reopen(self, index: int) -> None:
+        """Take the frost line back before a block that was frozen last."""
+        self._frozen = index
+        self._prefixes = {key: each for key, each in self._prefixes.items() if key[0] < index}
+        if index in self._calibrations:
+            self._calibration = self._calibrations.pop(index)
+        if self._test is not None:
+            self._features = torch.from_numpy(self._test.x)
+            for stage in self._stages[:index]:
+                self._features = self._forward(stage.model.block.eval(), self._features)
 
     @property
     def _in_int8(self) -> bool:

@@ -40,6 +40,28 @@ def test_take_refuses_positions_out_of_range(indices: list[int]) -> None:
         five_samples().take(indices)
 
 
+@pytest.mark.parametrize("count", [None, 5, 6, 10**6])
+def test_some_gives_all_where_there_are_no_more(count: int | None) -> None:
+    samples = five_samples()
+    assert samples.some(count, 0).fingerprint() == samples.fingerprint()
+
+
+def test_some_draws_as_many_once_each_and_keeps_their_order() -> None:
+    samples = Samples(np.arange(100, dtype=np.float32)[:, None], np.arange(100) % 4, 7)
+    drawn = samples.some(30, 3)
+    places = drawn.x[:, 0].astype(int).tolist()
+    assert len(places) == len(set(places)) == 30
+    assert places == sorted(places) != list(range(30))
+    assert drawn.y.tolist() == [place % 4 for place in places]
+    assert drawn.classes == 7
+
+
+def test_some_draws_the_same_with_the_same_seed() -> None:
+    samples = Samples(np.arange(100, dtype=np.float32)[:, None], np.zeros(100, np.int64), 1)
+    first, again, other = (samples.some(30, seed).x.tolist() for seed in (3, 3, 4))
+    assert first == again != other
+
+
 def test_fingerprint_is_stable_and_sees_every_part() -> None:
     samples = five_samples()
     assert samples.fingerprint() == five_samples().fingerprint()

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from frostline.protocol.manifest import TensorSpec
 from frostline.protocol.tensors import Array
-from frostline.server.aggregation import Aggregator
+from frostline.server.aggregation import Aggregator, narrowed
 
 # On this grid every product and every sum is exact in float64, so that no order can show in any last bit.
 grid_values = st.integers(-(2**20), 2**20).map(lambda value: value / 2**16)
@@ -97,3 +98,64 @@ def test_updates_are_not_kept() -> None:
 def test_a_missing_tensor_is_not_taken_for_zero() -> None:
     with pytest.raises(KeyError):
         Aggregator({"w": np.zeros(1, np.float32)}).fold({}, 1)
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[Array, list[tuple[Array, int]]]:
+    """Weights, and updates of their leading parts."""
+    full = tuple(draw(st.lists(st.integers(1, 4), max_size=3)))
+    weights = draw(hnp.arrays(np.float32, full, elements=grid_values))
+    updates = []
+    for _ in range(draw(st.integers(0, 5))):
+        shape = tuple(draw(st.integers(1, length)) for length in full)
+        values = draw(hnp.arrays(np.float32, shape, elements=grid_values))
+        updates.append((values, draw(st.integers(1, 10_000))))
+    return weights, updates
+
+
+@given(parts())
+def test_a_coordinate_is_averaged_over_those_that_hold_it(
+    drawn: tuple[Array, list[tuple[Array, int]]],
+) -> None:
+    weights, updates = drawn
+    before = weights.copy()
+    result = aggregate(weights, updates)
+    assert (result.shape, result.dtype) == (weights.shape, np.float32)
+    for place in np.ndindex(weights.shape):
+        held = [
+            (float(values[place]), samples)
+            for values, samples in updates
+            if all(i < length for i, length in zip(place, values.shape, strict=True))
+        ]
+        if held:
+            mean = sum(value * samples for value, samples in held) / sum(samples for _, samples in held)
+            assert result[place] == pytest.approx(weights[place] + mean, rel=1e-6, abs=1e-6)
+        else:
+            assert result[place] == weights[place]
+    np.testing.assert_array_equal(weights, before)
+
+
+def test_tensors_that_all_hold_whole_do_not_change_by_those_they_do_not() -> None:
+    random = np.random.default_rng(0)
+    weights = {"whole": random.normal(size=(4, 3)).astype(np.float32), "bias": np.float32(0.5).reshape(())}
+    updates = [
+        {n: random.normal(size=w.shape).astype(np.float32) for n, w in weights.items()} for _ in range(3)
+    ]
+    alone = Aggregator(weights)
+    mixed = Aggregator({**weights, "cut": np.zeros((2, 2), np.float32)})
+    for index, update in enumerate(updates):
+        alone.fold(update, index + 1)
+        mixed.fold({**update, "cut": np.ones((1 + index % 2, 1), np.float32)}, index + 1)
+    for name, value in alone.result().items():
+        assert mixed.result()[name].tobytes() == value.tobytes()
+    assert mixed.result()["cut"].tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_a_narrower_form_is_the_leading_part() -> None:
+    weights = {"w": np.arange(12, dtype=np.float32).reshape(3, 4), "scale": np.array(7, np.float32)}
+    specs = [TensorSpec(name="w", shape=(2, 3)), TensorSpec(name="scale", shape=())]
+    part = narrowed(weights, specs)
+    assert part["w"].tolist() == [[0, 1, 2], [4, 5, 6]]
+    assert part["w"].flags.c_contiguous
+    assert part["scale"].shape == ()
+    assert part["scale"] == 7

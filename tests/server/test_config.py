@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from frostline.protocol.errors import UsageError
-from frostline.server.config import RunConfig, load_config, parse_config
+from frostline.server.config import MOST_EXTENDED, RunConfig, load_config, parse_config
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.toml"
 
@@ -103,6 +103,18 @@ def test_an_unknown_key_is_named_with_its_line(
         (f"{MODEL}output_module = 'pooled'\n", "run.toml:3: model.output_module = 'pooled': "),
         (f"{MODEL}output_module = 1\n", "run.toml:3: model.output_module = 1: "),
         (f'[run]\nfleet = "a"\n{MODEL}[[fleet]]\n', "run.toml:5: fleet = [{}]: "),
+        (f"{MODEL}[selection]\nmethod = 'fair'\n", "run.toml:4: selection.method = 'fair': "),
+        (f"{MODEL}[selection]\nexploration = 1.1\n", "run.toml:4: selection.exploration = 1.1: "),
+        (f"{MODEL}[selection]\nexploration_decay = 0\n", "run.toml:4: selection.exploration_decay = 0: "),
+        (f"{MODEL}[selection]\nseparation = -1\n", "run.toml:4: selection.separation = -1: "),
+        (f"{MODEL}[selection]\nsurplus = 0.9\n", "run.toml:4: selection.surplus = 0.9: "),
+        (f"{MODEL}[selection]\ndeadline_factor = -1\n", "run.toml:4: selection.deadline_factor = -1: "),
+        (f"{MODEL}[simulation]\nspeed = [0.5]\n", "run.toml:4: simulation.speed = [0.5]: "),
+        (f"{MODEL}[simulation]\nspeed = [0, 1]\n", "run.toml:4: simulation.speed = 0: "),
+        (f"{MODEL}[simulation]\nbandwidth = ['1 MB']\n", "run.toml:4: simulation.bandwidth = ['1 MB']: "),
+        (f"{MODEL}[simulation]\ndropout = 1\n", "run.toml:4: simulation.dropout = 1: "),
+        (f"{MODEL}[simulation]\naway_seconds = 0\n", "run.toml:4: simulation.away_seconds = 0: "),
+        (f"{MODEL}widths = [1.0, 0]\n", "run.toml:3: model.widths = 0: "),
         (f"{MODEL}[run]\nseed = 0x{'f' * 9000}\n", "run.toml:4: run.seed = a very long number: "),
     ],
 )
@@ -153,6 +165,80 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> N
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         load_config(tmp_path)
+
+
+def files(folder: Path, **texts: str) -> Path:
+    """Write TOML files; returns the first."""
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+    return folder / f"{next(iter(texts))}.toml"
+
+
+def extension_refused(path: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_a_file_changes_single_keys_of_the_one_it_extends(tmp_path: Path) -> None:
+    path = files(
+        tmp_path,
+        top='extends = "middle.toml"\n[training]\nbatch = 4\n[model]\noptions = { width = 8 }\n',
+        middle='extends = "base.toml"\n[training]\nbatch = 2\nepochs = 3\n[selection]\nmethod = "oort"\n',
+        base=f'{MODEL}options = {{ width = 4, norm = "group" }}\n[training]\nepochs = 2\nmomentum = 0.5\n',
+    )
+    config, text = load_config(path, {"run": {"seed": 7}, "training": {"momentum": 0.25}})
+    training = config.training
+    assert (training.batch, training.epochs, training.momentum) == (4, 3, 0.25)
+    assert (config.model.name, config.model.options) == ("resnet10", {"width": 8})
+    assert (config.selection.method, config.run.seed) == ("oort", 7)
+    assert parse_config(text, "config.toml") == config
+    assert "extends" not in text
+    assert load_config(path)[0].training.momentum == 0.5
+
+
+def test_only_so_many_files_extend_each_other(tmp_path: Path) -> None:
+    chain = {f"f{i}": f'# a comment\nextends = "f{i + 1}.toml"\n' for i in range(MOST_EXTENDED)}
+    path = files(tmp_path, **chain, **{f"f{MOST_EXTENDED}": MODEL})
+    assert load_config(path)[0].model.name == "resnet10"
+    longer = files(tmp_path, first='extends = "f0.toml"\n')
+    last = tmp_path / f"f{MOST_EXTENDED - 1}.toml"
+    assert extension_refused(longer).startswith(f"{last}:2: extends = 'f{MOST_EXTENDED}.toml': ")
+    itself = files(tmp_path, itself='\nextends = "itself.toml"\n')
+    assert extension_refused(itself).startswith(f"{itself}:2: extends = 'itself.toml': ")
+
+
+@pytest.mark.parametrize("value", ["3", "['base.toml']", "true"])
+def test_what_is_extended_is_a_file_name(tmp_path: Path, value: str) -> None:
+    path = files(tmp_path, run=f"extends = {value}\n{MODEL}")
+    assert extension_refused(path).startswith(f"{path}:1: extends = ")
+
+
+def test_a_file_that_cannot_be_extended_is_named(tmp_path: Path) -> None:
+    path = files(tmp_path, run=f'extends = "absent.toml"\n{MODEL}', broken="[model\n")
+    assert extension_refused(path).startswith(f"{tmp_path / 'absent.toml'}: cannot be read: ")
+    path.write_text('extends = "broken.toml"\n')
+    assert extension_refused(path).startswith(f"{tmp_path / 'broken.toml'}: not valid TOML: ")
+
+
+def test_a_wrong_value_of_the_extending_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = files(tmp_path, run='extends = "base.toml"\n[rounds]\ndevices = 0\n', base=MODEL)
+    assert extension_refused(path).startswith(f"{path}:3: rounds.devices = 0: ")
+
+
+def test_a_wrong_value_of_the_extended_file_is_not_looked_for_in_the_other(tmp_path: Path) -> None:
+    path = files(
+        tmp_path,
+        run='extends = "base.toml"\n[rounds]\nminimum_updates = 1\n',
+        base=f"{MODEL}[rounds]\ndevices = 0\n",
+    )
+    assert extension_refused(path).startswith(f"{tmp_path / 'base.toml'}:4: rounds.devices = 0: ")
+
+
+def test_a_name_that_is_no_path_is_refused(tmp_path: Path) -> None:
+    extension_refused(files(tmp_path, run='extends = "a\\u0000b"\n'))
 
 
 fragments = st.sampled_from(

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from frostline.protocol.manifest import PlannedMemory
 from frostline.protocol.messages import BlobReference, TrainingMetrics
 from frostline.server.ledger import AcceptedUpdate, Ledger
+from tests.server.builders import planned
 
 
 def identifier(number: int) -> str:
@@ -79,16 +81,40 @@ def test_a_stage_that_is_begun_again_is_the_same(ledger: Ledger) -> None:
     assert ledger.begin_stage(1, "layer1").rounds == 0
     ledger.open_round(0, 1, reference(0))
     ledger.close_round(0, reference(1), reference(2))
-    ledger.freeze_stage(1, "pace", reference(1))
+    ledger.freeze_stage(1, "pace", reference(1), planned(700))
     row = ledger.begin_stage(1, "another name")
     assert (row.name, row.rounds, row.frozen_by) == ("layer1", 1, "pace")
-    assert row.result is not None
+    assert row.result is not None and row.planned is not None
     assert BlobReference.model_validate_json(row.result) == reference(1)
+    assert PlannedMemory.model_validate_json(row.planned).total == 700
+
+
+def test_a_reopened_stage_and_those_behind_it_go_on_as_if_they_were_new_to_be_watched(ledger: Ledger) -> None:
+    for stage in range(3):
+        ledger.begin_stage(stage, "block")
+        ledger.open_round(stage, stage, reference(stage))
+        ledger.close_round(stage, reference(stage + 1), reference(100 + stage))
+        ledger.freeze_stage(stage, "pace", reference(stage + 1), planned())
+    ledger.reopen_stage(1)
+    rows = [ledger.begin_stage(stage, "block") for stage in range(3)]
+    assert [row.reopened for row in rows] == [False, True, False]
+    assert [(row.frozen_by, row.result is None) for row in rows] == [("pace", False), *[(None, True)] * 2]
+    assert [(row.rounds, row.rounds_before) for row in rows] == [(1, 0), (1, 1), (1, 1)]
+    assert [ledger.last_pace(stage) for stage in range(3)] == [reference(100), None, None]
+    last = ledger.last_round(2)
+    assert last is not None and last.result is not None
+    assert BlobReference.model_validate_json(last.result) == reference(3)
+    assert ledger.rounds() == 3
+
+
+def test_a_lease_is_of_a_width(in_round: Ledger) -> None:
+    in_round.add_lease(identifier(3), 0, "narrow", 0.25)
+    assert [row.width for row in in_round.leases(0)] == [1.0, 1.0, 0.25]
 
 
 def test_an_unknown_stage_cannot_be_frozen_nor_an_unknown_round_closed(ledger: Ledger) -> None:
     with pytest.raises(SQLAlchemyError):
-        ledger.freeze_stage(0, "pace", reference(0))
+        ledger.freeze_stage(0, "pace", reference(0), planned())
     with pytest.raises(SQLAlchemyError):
         ledger.close_round(0, reference(0), reference(1))
     with pytest.raises(IntegrityError):

@@ -6,53 +6,49 @@ import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import pytest
 
 from frostline.protocol.blobs import BlobStore, index_of, reference_to
-from frostline.protocol.manifest import PlannedMemory, Program, StageManifest, TensorSpec
-from frostline.protocol.messages import Answer, Lease, Presence, TrainingMetrics, UpdateOffer
+from frostline.protocol.manifest import TensorSpec
+from frostline.protocol.messages import Answer, Lease, TrainingMetrics, UpdateOffer
 from frostline.protocol.tensors import Array, encode_tensors
 from frostline.server import round as round_module
+from frostline.server.admission import OfferedStage
 from frostline.server.aggregation import Aggregator
 from frostline.server.config import RunConfig
-from frostline.server.gateway import DeviceRecord, Gateway, RoundListener
+from frostline.server.fleet import DeviceRecord, RoundListener
+from frostline.server.history import FleetHistory, Observation
 from frostline.server.ledger import Ledger
 from frostline.server.round import Round, RoundPlan
-from frostline.server.selection import OfferedStage
+from tests.server.builders import offered, online, stage_manifest
 
 TRAINED = [TensorSpec(name="block.w", shape=(2, 3)), TensorSpec(name="block.mean", shape=(2,))]
-PROGRAM = Program(
-    file=reference_to(b"program"), inputs=[TensorSpec(name="x", shape=(4, 2))], outputs=[], arena_bytes=0
+NARROW = [TensorSpec(name="block.w", shape=(1, 3)), TensorSpec(name="block.mean", shape=(1,))]
+
+
+def form(
+    memory: int, trained: list[TensorSpec] = TRAINED, width: float = 1.0, **changes: Any
+) -> OfferedStage:
+    manifest = stage_manifest(
+        memory, parameters=trained[:1], statistics=trained[1:], flops=1000, name=f"block {width}", **changes
+    )
+    return offered(manifest, width)
+
+
+OFFERS = [form(132), form(72, variant="small")]
+NARROW_OFFER = form(36, NARROW, width=0.5)
+FORMS = {offer.reference: offer.manifest for offer in [*OFFERS, NARROW_OFFER]}
+WEIGHTS_REFERENCE = reference_to(b"weights")
+PLAN = RoundPlan(0, "a" * 32, OFFERS[:1], {1.0: WEIGHTS_REFERENCE}, devices=1, deadline_seconds=5.0)
+TWO_WIDTHS = replace(
+    PLAN,
+    offers=[OFFERS[0], NARROW_OFFER],
+    weights={1.0: WEIGHTS_REFERENCE, 0.5: reference_to(b"narrow weights")},
+    last_layer=["block.w"],
 )
-MANIFEST = StageManifest(
-    stage=0,
-    stages=1,
-    name="block",
-    engine="executorch",
-    variant="whole",
-    batch=4,
-    micro_batches=1,
-    classes=2,
-    parameters=TRAINED[:1],
-    statistics=TRAINED[1:],
-    optimizer_state=[],
-    received=[],
-    training=PROGRAM,
-    update=None,
-    evaluation=PROGRAM,
-    prefix=[],
-    planned=PlannedMemory(
-        arena=100, parameters=24, statistics=8, optimizer_state=0, received=0, batch=0, program=0
-    ),
-)
-SMALL = MANIFEST.model_copy(
-    update={"variant": "small", "planned": MANIFEST.planned.model_copy(update={"arena": 40})}
-)
-OFFERS = [OfferedStage(each, reference_to(each.encode())) for each in (MANIFEST, SMALL)]
-PLAN = RoundPlan(0, "a" * 32, OFFERS[:1], reference_to(b"weights"))
 WEIGHTS = {"block.w": np.ones((2, 3), np.float32), "block.mean": np.zeros(2, np.float32)}
 SAMPLES = 10
 
@@ -79,7 +75,7 @@ class Fleet:
         self.receipts: dict[str, str] = {}
         self.plan = PLAN
         self.ledger.begin_stage(0, "block")
-        self.ledger.open_round(0, 0, PLAN.weights_reference)
+        self.ledger.open_round(0, 0, WEIGHTS_REFERENCE)
 
     def listen(self, listener: RoundListener | None) -> None:
         self.listener = listener
@@ -97,14 +93,7 @@ class Fleet:
         self, *devices: str, session: str = "0" * 32, samples: int = SAMPLES, memory: int = 1000
     ) -> None:
         for device in devices:
-            presence = Presence(
-                device=device,
-                session=session,
-                state="online",
-                memory_bytes=memory,
-                engines=["executorch"],
-                samples=samples,
-            )
+            presence = online(device, session=session, memory_bytes=memory, samples=samples)
             self.devices[device] = DeviceRecord(presence, None)
             if self.listener is not None:
                 self.listener.on_presence(device)
@@ -117,12 +106,11 @@ class Fleet:
         self.listener.on_presence(device)
         self.changed.set()
 
-    def round(self, devices: int, deadline: float = 5.0) -> Round:
-        config = RunConfig.model_validate(
-            {"model": {"name": "m"}, "rounds": {"devices": devices, "deadline_seconds": deadline}}
-        )
+    def round(self, devices: int, deadline: float = 5.0, surplus: int = 0) -> Round:
+        config = RunConfig.model_validate({"model": {"name": "m"}})
         self.aggregator = Aggregator(WEIGHTS)
-        return Round(self.plan, config, cast(Gateway, self), self.ledger, self.aggregator, self.store)
+        plan = replace(self.plan, devices=devices, deadline_seconds=deadline, surplus=surplus)
+        return Round(plan, config, self, self.ledger, self.aggregator, self.store)
 
     def send(self, device: str, offer: UpdateOffer, content: bytes) -> str:
         """Go the way of an update through the receiver; returns why it was rejected, or nothing."""
@@ -136,9 +124,9 @@ class Fleet:
         return reason
 
 
-def update_of(device: str) -> dict[str, Array]:
+def update_of(device: str, trained: list[TensorSpec] = TRAINED) -> dict[str, Array]:
     random = np.random.default_rng(list(device.encode()))
-    return {spec.name: random.normal(size=spec.shape).astype(np.float32) for spec in TRAINED}
+    return {spec.name: random.normal(size=spec.shape).astype(np.float32) for spec in trained}
 
 
 def offer_of(lease: str, content: bytes, update: str | None = None, samples: int = SAMPLES) -> UpdateOffer:
@@ -149,7 +137,7 @@ def offer_of(lease: str, content: bytes, update: str | None = None, samples: int
 
 
 def finish(fleet: Fleet, device: str, lease: Lease) -> None:
-    content = encode_tensors(update_of(device))
+    content = encode_tensors(update_of(device, FORMS[lease.manifest].trained))
     fleet.send(device, offer_of(lease.lease, content), content)
 
 
@@ -306,7 +294,7 @@ def test_the_lease_says_what_to_train(tmp_path: Path) -> None:
         first, second = (lease for _, lease in fleet.leases)
         assert first.lease != second.lease
         assert (first.run, first.round) == (PLAN.run, 0)
-        assert (first.manifest, first.weights) == (OFFERS[0].reference, PLAN.weights_reference)
+        assert (first.manifest, first.weights) == (OFFERS[0].reference, WEIGHTS_REFERENCE)
         assert first.evaluate
 
     asyncio.run(play())
@@ -544,3 +532,126 @@ def test_a_restarted_server_repeats_a_lease_when_its_device_appears(tmp_path: Pa
         assert len(current.metrics) == 1
 
     asyncio.run(after(asyncio.run(before())))
+
+
+def test_leases_beyond_those_wanted_go_out_and_are_settled_as_surplus(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, {NAMES[1]: keep_silent, NAMES[3]: keep_silent})
+        fleet.join(*NAMES)
+        current = fleet.round(devices=2, surplus=2)
+        await asyncio.wait_for(current.run(iter(NAMES)), 3)
+        assert fleet.asked == NAMES[:4]
+        assert states(fleet) == {
+            NAMES[0]: "done",
+            NAMES[1]: "surplus",
+            NAMES[2]: "done",
+            NAMES[3]: "surplus",
+        }
+        assert current.notes == []
+        assert_same(fleet.aggregator.result(), mean_of([NAMES[0], NAMES[2]]))
+        late = dict(fleet.leases)[NAMES[1]].lease
+        assert "not open" in current.objection(NAMES[1], offer_of(late, CONTENT))
+        fleet.ledger.close_round(0, WEIGHTS_REFERENCE, WEIGHTS_REFERENCE)
+        history = FleetHistory.read(fleet.ledger, {})
+        assert history.dropout == 0
+        assert history.of(NAMES[1]).last_asked == 0
+
+    asyncio.run(play())
+
+
+def test_a_surplus_takes_the_place_of_a_device_that_fails(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path, {NAMES[0]: answer("failed"), NAMES[1]: keep_silent})
+        fleet.join(*NAMES[:3])
+        current = fleet.round(devices=1, surplus=1)
+        await asyncio.wait_for(current.run(iter(NAMES[:3])), 3)
+        assert states(fleet) == {NAMES[0]: "failed", NAMES[1]: "surplus", NAMES[2]: "done"}
+
+    asyncio.run(play())
+
+
+def test_a_counted_update_is_kept_with_what_it_showed_of_its_device(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path)
+        fleet.plan = TWO_WIDTHS
+        fleet.join(NAMES[0])
+        await fleet.round(devices=1).run(iter(NAMES))
+        (update,) = fleet.ledger.updates(0)
+        observation = Observation.model_validate_json(update.observation)
+        assert observation.flops == 1000
+        assert observation.transferred_bytes == WEIGHTS_REFERENCE.size + len(CONTENT)
+        assert 0 <= observation.turnaround_seconds < 5
+        assert np.linalg.norm(observation.sketch) == pytest.approx(1)
+
+    asyncio.run(play())
+
+
+def two_widths(folder: Path, behaviours: dict[str, Behaviour] | None = None) -> Fleet:
+    fleet = Fleet(folder, behaviours)
+    fleet.plan = TWO_WIDTHS
+    fleet.join("wide", "other", memory=132)
+    fleet.join("narrow", "slow", memory=36)
+    return fleet
+
+
+def mean_of_two_widths(wide: Iterable[str], narrow: Iterable[str]) -> dict[str, Array]:
+    aggregator = Aggregator(WEIGHTS)
+    for device in wide:
+        aggregator.fold(update_of(device), SAMPLES)
+    for device in narrow:
+        aggregator.fold(update_of(device, NARROW), SAMPLES)
+    return aggregator.result()
+
+
+def test_a_round_folds_the_updates_of_two_widths(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = two_widths(tmp_path)
+        await asyncio.wait_for(fleet.round(devices=3).run(iter(["wide", "narrow", "other"])), 3)
+        assert {d: (lease.manifest, lease.weights) for d, lease in fleet.leases} == {
+            "wide": (OFFERS[0].reference, WEIGHTS_REFERENCE),
+            "narrow": (NARROW_OFFER.reference, TWO_WIDTHS.weights[0.5]),
+            "other": (OFFERS[0].reference, WEIGHTS_REFERENCE),
+        }
+        assert {row.device: row.width for row in fleet.ledger.leases(0)} == {
+            "wide": 1.0,
+            "narrow": 0.5,
+            "other": 1.0,
+        }
+        result = fleet.aggregator.result()
+        assert_same(result, mean_of_two_widths(["wide", "other"], ["narrow"]))
+        whole = update_of("wide")["block.w"][1] + update_of("other")["block.w"][1]
+        np.testing.assert_allclose(result["block.w"][1], 1 + whole / 2, rtol=1e-6)
+
+    asyncio.run(play())
+
+
+def test_a_restarted_server_goes_on_with_both_widths(tmp_path: Path) -> None:
+    order = ["wide", "narrow", "slow"]
+
+    async def before() -> list[tuple[str, Lease]]:
+        fleet = two_widths(tmp_path, {"slow": keep_silent})
+        await stop(await start(fleet.round(devices=3), order))
+        assert states(fleet) == {"wide": "done", "narrow": "done", "slow": "open"}
+        fleet.ledger.close()
+        return fleet.leases
+
+    async def after(leases: list[tuple[str, Lease]], *, grown: bool) -> None:
+        fleet = two_widths(tmp_path, {"slow": keep_silent})
+        if grown:
+            # It could hold the full width by now, but it was given the narrow one.
+            fleet.join("slow", memory=132)
+        current = fleet.round(devices=3)
+        assert_same(fleet.aggregator.result(), mean_of_two_widths(["wide"], ["narrow"]))
+        task = await start(current, order)
+        assert fleet.leases == [leases[2]]
+        assert fleet.leases[0][1].weights == TWO_WIDTHS.weights[0.5]
+        if grown:
+            finish(fleet, *leases[2])
+            await asyncio.wait_for(task, 3)
+            assert_same(fleet.aggregator.result(), mean_of_two_widths(["wide"], ["narrow", "slow"]))
+        await stop(task)
+        fleet.ledger.close()
+
+    leases = asyncio.run(before())
+    asyncio.run(after(leases, grown=False))
+    asyncio.run(after(leases, grown=True))

@@ -21,14 +21,14 @@ from frostline.exporter.stage import Stage, build_stage, load_tensors, statistic
 from frostline.exporter.target import Target
 from frostline.exporter.variant import Variant
 from frostline.protocol.blobs import reference_to
-from frostline.protocol.manifest import PlannedMemory, Program, StageManifest, TensorSpec
+from frostline.protocol.manifest import PlannedMemory, Program
 from frostline.protocol.tensors import Array
 from frostline.server import schedule as schedule_module
 from frostline.server.schedule import GrowingSchedule
+from tests.server.builders import BATCH, planned, program, stage_manifest
 
 torch.set_num_threads(1)
 
-BATCH = 4
 CLASSES = 3
 SHAPE = (1, 8, 8)
 SEED = 5
@@ -65,8 +65,7 @@ def build(
 
 def fake_program(name: str, shape: tuple[int, ...]) -> tuple[Program, bytes]:
     content = name.encode()
-    inputs = [TensorSpec(name="x", shape=(BATCH, *shape))]
-    return Program(file=reference_to(content), inputs=inputs, outputs=[], arena_bytes=0), content
+    return program(content, shape), content
 
 
 @pytest.fixture
@@ -74,36 +73,19 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that name their stage: lowering takes seconds a stage and is not what these tests are about."""
 
     def compile_stage(stage: Stage, options: ExportOptions, *, variant: Variant) -> CompiledStage:
-        program, content = fake_program(f"stage {stage.name} {variant.name}", stage.input_shape)
+        training, content = fake_program(f"stage {stage.name} {variant.name}", stage.input_shape)
         whole = variant.micro_batches == 1
-        manifest = StageManifest(
+        manifest = stage_manifest(
+            (stage.index + 1) * (1000 if whole else 500),
             stage=stage.index,
             stages=stage.count,
             name=stage.name,
-            engine="executorch",
             variant=variant.name,
             batch=options.batch,
-            micro_batches=1,
             classes=options.classes,
-            parameters=[],
-            statistics=[],
-            optimizer_state=[],
-            received=[],
-            training=program,
-            update=None,
-            evaluation=program,
-            prefix=[],
-            planned=PlannedMemory(
-                arena=(stage.index + 1) * (1000 if whole else 500),
-                parameters=0,
-                statistics=0,
-                optimizer_state=0,
-                received=0,
-                batch=0,
-                program=0,
-            ),
+            training=training,
         )
-        return CompiledStage(manifest, {program.file.sha256: content}, Parity(0.0, 0.0))
+        return CompiledStage(manifest, {training.file.sha256: content}, Parity(0.0, 0.0))
 
     def compile_prefix(
         stage: Stage, batch: int, target: Target, calibration: torch.Tensor | None
@@ -155,15 +137,10 @@ def test_weights_are_named_for_what_a_stage_trains(norm: str) -> None:
 @pytest.mark.usefixtures("without_compiler")
 def test_a_budget_gets_the_fastest_variant_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     def estimate(stage: Stage, options: ExportOptions, variant: Variant) -> PlannedMemory:
-        arena = 900 if variant.micro_batches == 1 else 400
-        return PlannedMemory(
-            arena=arena, parameters=0, statistics=0, optimizer_state=0, received=0, batch=0, program=0
-        )
+        return planned(900 if variant.micro_batches == 1 else 400)
 
     monkeypatch.setattr(planning, "estimate_stage", estimate)
-    state = PlannedMemory(
-        arena=0, parameters=300, statistics=0, optimizer_state=0, received=0, batch=0, program=0
-    )
+    state = planned(parameters=300)
     monkeypatch.setattr(planning, "_planned_state", lambda stage, options, variant: state)
     schedule = build().schedule
 
@@ -309,6 +286,36 @@ def test_the_prefix_grows_by_each_frozen_block_but_the_last() -> None:
         assert prepared.manifest.sample_shape == SHAPE
         grown.schedule.freeze(index, prepared.weights)
     assert len(grown.schedule.prepare(0, "executorch").manifest.prefix) == 2
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_a_reopened_block_is_trained_again_behind_those_before_it() -> None:
+    grown, straight = (build(test=held_out(20)) for _ in range(2))
+    first, second, third = run_all(grown)
+    grown.schedule.reopen(1)
+    prefix = grown.schedule.prepare(1, "executorch").manifest.prefix
+    assert [program.file for program in prefix] == [
+        reference_to(b"prefix " + grown.schedule.name(0).encode())
+    ]
+    begun = grown.schedule.prepare(1, "executorch").weights
+    assert all(np.array_equal(begun[name], value) for name, value in second.items() if name in begun)
+    again = trained(second, 9)
+    straight.schedule.freeze(0, first)
+    for schedule in (grown.schedule, straight.schedule):
+        schedule.freeze(1, again)
+    assert grown.schedule.accuracy(2, third) == straight.schedule.accuracy(2, third)
+    assert len(grown.schedule.prepare(2, "executorch").manifest.prefix) == 2
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize(("output_module", "layer"), [("convolutions", "head"), ("linear", "linear_0")])
+def test_the_last_layer_is_that_nearest_to_the_logits(output_module: OutputModuleKind, layer: str) -> None:
+    schedule = build(output_module=output_module).schedule
+    names = schedule.last_layer(0)
+    assert names
+    assert all(name.startswith(f"output_module.{layer}") for name in names)
+    assert set(names) <= schedule.prepare(0, "executorch").weights.keys()
+    assert {schedule.prepare(0, "executorch").weights[name].shape[0] for name in names} == {CLASSES}
 
 
 @pytest.mark.slow

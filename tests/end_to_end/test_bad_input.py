@@ -289,7 +289,7 @@ def test_a_fleet_whose_memory_fits_nothing(tmp_path: Path, broker: EmbeddedBroke
         "--broker",
         broker.url,
     ]
-    check(arguments, 1, ["needs", "the largest budget is 20000 bytes", "more blocks"])
+    check(arguments, 1, ["can be trained with", "the largest budget is 20000 bytes", "more blocks"])
 
 
 def test_a_broker_port_in_use(tmp_path: Path, broker: EmbeddedBroker) -> None:

@@ -40,7 +40,9 @@ demo: venv
 	$(BIN)/frostline emulate --config examples/quickstart.toml
 
 # Tests that compute and nothing else, so two files at a time; the others run servers and brokers against the clock.
-PARALLEL := tests/exporter tests/end_to_end/test_bad_input.py tests/device_runtime/test_engines.py
+PARALLEL := tests/exporter tests/emulator tests/device_runtime/test_engines.py \
+	$(addprefix tests/server/test_,schedule.py width_scaling.py) \
+	$(addprefix tests/end_to_end/test_,bad_input.py export.py simulate.py)
 
 test: lint onnxruntime-training
 	$(BIN)/pytest -n 2 --dist loadfile $(PARALLEL)

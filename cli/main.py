@@ -8,9 +8,12 @@ import typer
 
 from frostline.cli.device import device
 from frostline.cli.emulate import emulate
+from frostline.cli.explain import explain
 from frostline.cli.export import export
 from frostline.cli.inspection import inspect
 from frostline.cli.serve import serve
+from frostline.cli.simulate import simulate
+from frostline.cli.study import study
 from frostline.protocol.errors import FrostlineError, RunError
 
 app = typer.Typer(
@@ -32,6 +35,9 @@ app.command()(export)
 app.command()(inspect)
 app.command()(serve)
 app.command()(device)
+app.command()(simulate)
+app.command()(explain)
+app.command()(study)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from frostline.emulator.partition import split_dirichlet, split_iid
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
 from frostline.protocol.messages import Engine
-from frostline.protocol.sizes import parse_size
+from frostline.protocol.sizes import parse_share
 from frostline.protocol.topics import Topics
 from frostline.server.assembly import Run
 from frostline.server.config import FleetTable, RunConfig
@@ -90,15 +89,18 @@ async def memory_budgets(run: Run) -> list[int]:
     """
     fleet = run.config.fleet
     whole = 0
-    if any("%" in entry for entry in fleet.memory):
+    if any("%" in entry for entry in _memory_entries(fleet)):
         whole = (await asyncio.to_thread(run.schedule.plan_whole_model)).total
-    budgets = [_budget(entry, whole) for entry in fleet.memory]
+    if fleet.memory_range is not None:
+        low, high = (parse_share(entry, whole, "fleet.memory_range") for entry in fleet.memory_range)
+        drawn = np.random.default_rng(fleet.seed).uniform(low, high, fleet.devices)
+        return [int(budget) for budget in drawn]
+    budgets = [parse_share(entry, whole, "fleet.memory") for entry in fleet.memory]
     return [budgets[number % len(budgets)] for number in range(fleet.devices)]
 
 
-def _budget(entry: str, whole: int) -> int:
-    percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", entry)
-    return int(whole * float(percent.group(1)) / 100) if percent else parse_size(entry, "fleet.memory")
+def _memory_entries(fleet: FleetTable) -> list[str]:
+    return fleet.memory if fleet.memory_range is None else fleet.memory_range
 
 
 def split_samples(config: RunConfig) -> list[Samples]:
@@ -113,10 +115,10 @@ def split_samples(config: RunConfig) -> list[Samples]:
         raise UsageError(
             'data.train is missing: an emulated fleet needs samples to split, such as train = "digits"'
         )
-    for entry in config.fleet.memory:
-        _budget(entry, 0)
+    for entry in _memory_entries(config.fleet):
+        parse_share(entry, 0, "fleet.memory")
     device_engines(config.fleet)
-    samples = load_samples(config.data.train, "train")
+    samples = load_samples(config.data.train, "train").some(config.data.train_samples, config.run.seed)
     return [samples.take(rows) for rows in _split(samples, config.fleet, config.run.seed)]
 
 

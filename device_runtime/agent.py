@@ -17,6 +17,7 @@ from typing import Literal
 
 from frostline.datasets.samples import Samples
 from frostline.device_runtime.engine import INSTALL
+from frostline.device_runtime.error_feedback import ERROR_FEEDBACK, ErrorFeedback
 from frostline.device_runtime.fetching import ContentFetcher
 from frostline.device_runtime.outbox import Outbox
 from frostline.device_runtime.training import TrainingTask
@@ -119,6 +120,7 @@ class Agent:
         self._store = BlobStore(settings.state_folder / "blobs")
         self._fetcher = ContentFetcher(self._connection, topics, name, self._store)
         self._outbox = Outbox(self._connection, topics, name, settings.state_folder / "outbox")
+        self._feedback = ErrorFeedback(settings.state_folder / ERROR_FEEDBACK)
         self._run: RunAnnouncement | None = None
         self._work: asyncio.Queue[Lease] = asyncio.Queue()
         self._taken: set[str] = set()
@@ -236,8 +238,11 @@ class Agent:
             data=self._settings.data,
             state_folder=self._settings.state_folder,
             update_path=update_path,
+            run=lease.run,
+            lease=lease.lease,
             manifest=lease.manifest,
             weights=lease.weights,
+            encoding=lease.encoding,
             epochs=lease.epochs,
             learning_rate=lease.learning_rate,
             seed=lease.seed,
@@ -266,6 +271,7 @@ class Agent:
     async def _send(self, offer: UpdateOffer) -> None:
         self._notify("sending", f"sending {offer.content.size} bytes")
         receipt = await self._outbox.send(offer)
+        self._feedback.settle(offer.lease, counted=receipt.state == "done")
         if receipt.state == "rejected":
             # So that the server need not wait for the lease's deadline.
             self._answer(offer.lease, "failed", f"update rejected: {receipt.reason}")

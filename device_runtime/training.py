@@ -13,12 +13,14 @@ import numpy as np
 from frostline.datasets.load import load_samples
 from frostline.datasets.samples import Samples
 from frostline.device_runtime.engine import TrainingSession, open_runtime
+from frostline.device_runtime.error_feedback import ERROR_FEEDBACK, ErrorFeedback
 from frostline.device_runtime.feature_cache import FeatureCache
 from frostline.protocol.blobs import BlobStore, write_atomically
 from frostline.protocol.errors import RunError
 from frostline.protocol.manifest import StageManifest, decode_manifest
-from frostline.protocol.messages import BlobReference, TrainingMetrics
-from frostline.protocol.tensors import Array, decode_tensors, encode_tensors
+from frostline.protocol.messages import BlobReference, TrainingMetrics, UpdateEncoding
+from frostline.protocol.tensors import Array, decode_tensors
+from frostline.protocol.update_encoding import decode_update, encode_update
 
 _KINDS = {"float32": "numbers (float32)", "int64": "token ids (int64)"}
 
@@ -43,8 +45,11 @@ class TrainingTask:
     data: str
     state_folder: Path
     update_path: Path
+    run: str
+    lease: str
     manifest: BlobReference
     weights: BlobReference
+    encoding: UpdateEncoding
     epochs: int
     learning_rate: float
     seed: int
@@ -52,7 +57,10 @@ class TrainingTask:
 
 
 def train(task: TrainingTask) -> TrainingMetrics:
-    """Train a stage for the task's epochs and write the update: new minus received values, float32.
+    """Train a stage for the task's epochs and write the update: new minus received values, encoded as the lease asks.
+
+    What encoding loses waits in the device's folder until the update is settled; see
+    `frostline.device_runtime.error_feedback`.
 
     Raises
     ------
@@ -87,7 +95,7 @@ def train(task: TrainingTask) -> TrainingMetrics:
     # A loss is taken before its step: the last step shows in the values only.
     if not all(np.isfinite(value).all() for value in update.values()):
         raise RunError(f"the update is not finite after {len(losses)} steps; lower the run's learning rate")
-    write_atomically(task.update_path, encode_tensors(update))
+    write_atomically(task.update_path, _encoded(update, manifest, task))
     return TrainingMetrics(
         samples=len(chosen),
         steps=len(losses),
@@ -97,6 +105,19 @@ def train(task: TrainingTask) -> TrainingMetrics:
         evaluated=len(evaluated),
         correct=correct,
     )
+
+
+def _encoded(update: dict[str, Array], manifest: StageManifest, task: TrainingTask) -> bytes:
+    if task.encoding.is_exact:
+        return encode_update(update, manifest, task.encoding)
+    feedback = ErrorFeedback(task.state_folder / ERROR_FEEDBACK)
+    carried = feedback.carried(task.run, manifest)
+    wanted = {name: value + carried[name] for name, value in update.items()} if carried else update
+    content = encode_update(wanted, manifest, task.encoding)
+    sent = decode_update(content, manifest, task.encoding, "encoded update")
+    lost = {name: value - sent[name] for name, value in wanted.items()}
+    feedback.hold(task.lease, task.run, manifest, lost)
+    return content
 
 
 @lru_cache(maxsize=1)

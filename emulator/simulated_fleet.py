@@ -17,6 +17,7 @@ import numpy as np
 
 from frostline.datasets.folder import save_samples
 from frostline.datasets.samples import Samples
+from frostline.device_runtime.error_feedback import ERROR_FEEDBACK, ErrorFeedback
 from frostline.device_runtime.training import TrainingTask, train
 from frostline.emulator.step_profile import StepProfile
 from frostline.protocol.blobs import BlobStore, index_of
@@ -29,13 +30,18 @@ from frostline.protocol.messages import (
     Lease,
     Presence,
     RunAnnouncement,
+    UpdateEncoding,
     UpdateOffer,
     as_reason,
 )
+from frostline.protocol.update_encoding import encoded_bytes
 from frostline.server.fleet import DeviceRecord, RoundListener
 
 REFERENCE_GIGAFLOPS = 10.0
 """What a device as fast as this machine announces. Only ratios matter: speeds are corrected by what is observed."""
+
+EXACT = UpdateEncoding()
+"""What updates are as long as the weights in."""
 
 
 @dataclass
@@ -199,8 +205,11 @@ class SimulatedFleet:
             data=str(state / "data"),
             state_folder=state,
             update_path=update_path,
+            run=lease.run,
+            lease=lease.lease,
             manifest=lease.manifest,
             weights=lease.weights,
+            encoding=lease.encoding,
             epochs=lease.epochs,
             learning_rate=lease.learning_rate,
             seed=lease.seed,
@@ -218,9 +227,11 @@ class SimulatedFleet:
         offer = UpdateOffer(
             update=f"{lease.lease[:16]}{index.sha256[:16]}", lease=lease.lease, content=index, metrics=metrics
         )
-        if not listener.objection(device.name, offer):
+        refused = listener.objection(device.name, offer)
+        if not refused:
             self._updates.put(content)
-            listener.count(device.name, offer, content)
+            refused = listener.count(device.name, offer, content)
+        ErrorFeedback(state / ERROR_FEEDBACK).settle(lease.lease, counted=not refused)
 
     def _costs(
         self, device: VirtualDevice, lease: Lease, manifest: StageManifest
@@ -236,7 +247,8 @@ class SimulatedFleet:
         )
         steps = max(1, len(device.samples) * lease.epochs // manifest.batch)
         machine_seconds += steps * self._profile.step_seconds(manifest, self._store)
-        return fetching, machine_seconds / device.speed, lease.weights.size / device.bandwidth
+        saved = encoded_bytes(manifest, EXACT) - encoded_bytes(manifest, lease.encoding)
+        return fetching, machine_seconds / device.speed, (lease.weights.size - saved) / device.bandwidth
 
     async def _vanish(self, device: VirtualDevice) -> None:
         record = self.devices[device.name]

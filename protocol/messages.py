@@ -83,6 +83,27 @@ class Presence(Message):
     software: Annotated[str, Field(max_length=64)] = ""
 
 
+class UpdateEncoding(Message):
+    """How an update is to be sent, see `frostline.protocol.update_encoding`.
+
+    Attributes
+    ----------
+    values : "float32", "float16" or "int8"
+        What a parameter's values travel as.
+    share : float
+        The share of each parameter's values that travels: those of the largest magnitude.
+    """
+
+    values: Literal["float32", "float16", "int8"] = "float32"
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    compression: Literal["none", "zstd"] = "none"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is lost."""
+        return self.values == "float32" and self.share == 1
+
+
 class Lease(Message):
     """On `to/<device>/lease`: one stage to train for one round."""
 
@@ -95,6 +116,7 @@ class Lease(Message):
     learning_rate: Annotated[float, Field(gt=0, le=1000)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     evaluate: bool = False
+    encoding: UpdateEncoding = UpdateEncoding()
     deadline_seconds: Seconds
 
 

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
 from frostline.protocol.errors import CorruptContent
-from frostline.protocol.manifest import TensorSpec
 
 Array = npt.NDArray[Any]
+
+
+class DescribedTensor(Protocol):
+    """What is known of a tensor before it comes."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype by NumPy's name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its values."""
 
 
 def encode_tensors(tensors: Mapping[str, Array]) -> bytes:
@@ -22,7 +41,13 @@ def encode_tensors(tensors: Mapping[str, Array]) -> bytes:
     return content
 
 
-def decode_tensors(content: bytes, expected: Sequence[TensorSpec], source: str) -> dict[str, Array]:
+def largest_file(expected: Sequence[DescribedTensor]) -> int:
+    """Bytes that a file of `expected` may have at most."""
+    # JSON may spend twelve bytes on one character of a name.
+    return sum(spec.size_bytes + 12 * len(spec.name) + 512 for spec in expected) + 4096
+
+
+def decode_tensors(content: bytes, expected: Sequence[DescribedTensor], source: str) -> dict[str, Array]:
     """Parse a tensor file that must hold exactly `expected`, all values finite.
 
     Raises
@@ -30,10 +55,8 @@ def decode_tensors(content: bytes, expected: Sequence[TensorSpec], source: str) 
     CorruptContent
         Naming `source` and the first tensor that is missing, unexpected, of another dtype or shape, or not finite.
     """
-    budget = sum(spec.size_bytes for spec in expected)
-    # JSON may spend twelve bytes on one character of a name.
-    header = sum(12 * len(spec.name) + 512 for spec in expected) + 4096
-    if len(content) > budget + header:
+    if len(content) > largest_file(expected):
+        budget = sum(spec.size_bytes for spec in expected)
         raise CorruptContent(f"{source}: {len(content)} bytes where {budget} bytes of tensors were expected")
     try:
         tensors: dict[str, Array] = safetensors.numpy.load(content)
@@ -47,7 +70,7 @@ def decode_tensors(content: bytes, expected: Sequence[TensorSpec], source: str) 
     return tensors
 
 
-def _check(tensor: Array | None, spec: TensorSpec, source: str) -> None:
+def _check(tensor: Array | None, spec: DescribedTensor, source: str) -> None:
     if tensor is None:
         raise CorruptContent(f"{source}: tensor {spec.name!r} is missing")
     if tensor.dtype.name != spec.dtype or tensor.shape != spec.shape:

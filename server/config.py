@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from frostline.protocol.errors import UsageError
-from frostline.protocol.messages import Engine, Name
+from frostline.protocol.messages import Engine, Name, UpdateEncoding
 
 MOST_EXTENDED = 4
 """Files that may extend each other in a row."""
@@ -192,6 +192,28 @@ class PaceTable(_Table):
     rollback: Annotated[float, Field(ge=0, le=1)] = 0.02
 
 
+class UpdatesTable(_Table):
+    """`[updates]`: how devices send what they learned; explained in `frostline.protocol.update_encoding`.
+
+    Attributes
+    ----------
+    values : "float32", "float16" or "int8"
+        What a parameter's values travel as.
+    share : float
+        The share of each parameter's values that travels: the largest. What stays behind is added to the device's next
+        update of the stage.
+    """
+
+    values: Literal["float32", "float16", "int8"] = "float32"
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    compression: Literal["none", "zstd"] = "none"
+
+    @property
+    def encoding(self) -> UpdateEncoding:
+        """The same as leases say it."""
+        return UpdateEncoding(values=self.values, share=self.share, compression=self.compression)
+
+
 class BrokerTable(_Table):
     """`[broker]`: where the MQTT broker is; mqtts:// for TLS."""
 
@@ -255,6 +277,7 @@ class RunConfig(_Table):
     rounds: RoundsTable = RoundsTable()
     selection: SelectionTable = SelectionTable()
     pace: PaceTable = PaceTable()
+    updates: UpdatesTable = UpdatesTable()
     broker: BrokerTable = BrokerTable()
     fleet: FleetTable = FleetTable()
     simulation: SimulationTable = SimulationTable()

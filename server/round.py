@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import CorruptContent
 from frostline.protocol.messages import Answer, BlobReference, Lease, TrainingMetrics, UpdateOffer
-from frostline.protocol.tensors import Array, decode_tensors
+from frostline.protocol.tensors import Array
+from frostline.protocol.update_encoding import decode_update, largest_update
 from frostline.server.admission import OfferedStage, fastest_admitted
 from frostline.server.aggregation import Aggregator
 from frostline.server.config import RunConfig
@@ -154,7 +155,7 @@ class Round:
         lease = self._open.get(offer.lease)
         if lease is None or lease.device != device:
             return "the lease is not open any more"
-        limit = sum(spec.size_bytes + 512 for spec in lease.offer.manifest.trained) + 4096
+        limit = largest_update(lease.offer.manifest, lease.message.encoding)
         if offer.content.size > limit:
             return f"an update of this stage has at most {limit} bytes"
         announced = self._fleet.devices[device].presence.samples if device in self._fleet.devices else 0
@@ -172,7 +173,8 @@ class Round:
             return "an update of this identifier was counted before"
         lease = self._open[offer.lease]
         try:
-            tensors = decode_tensors(content, lease.offer.manifest.trained, f"update of {device}")
+            manifest, encoding = lease.offer.manifest, lease.message.encoding
+            tensors = decode_update(content, manifest, encoding, f"update of {device}")
         except CorruptContent as error:
             self._settle(offer.lease, "failed", str(error))
             return str(error)
@@ -200,8 +202,8 @@ class Round:
         leased = {row.lease: self._offer_of_width(row.width) for row in leases}
         for update in self._ledger.updates(self._plan.number):
             content = self._updates.read(update.content)
-            trained = leased[update.lease].manifest.trained
-            tensors = decode_tensors(content, trained, f"update of {update.device}")
+            manifest, encoding = leased[update.lease].manifest, self._config.updates.encoding
+            tensors = decode_update(content, manifest, encoding, f"update of {update.device}")
             self._aggregator.fold(tensors, update.metrics.samples)
             self.metrics.append(update.metrics)
             self.bytes_up += update.content.size
@@ -248,6 +250,7 @@ class Round:
             learning_rate=training.learning_rate,
             seed=(self._config.run.seed + 7919 * self._plan.number) % 2**32,
             evaluate=self._config.data.test is None,
+            encoding=self._config.updates.encoding,
             deadline_seconds=self._plan.deadline_seconds,
         )
         return _OpenLease(device, message, asyncio.get_running_loop().time(), session, offer)

@@ -14,6 +14,7 @@ from frostline.datasets.samples import Samples
 from frostline.device_runtime.training import TrainingTask, train
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import RunError
+from frostline.protocol.messages import UpdateEncoding
 from frostline.protocol.tensors import Array
 from tests.byte_patterns import LENGTH, byte_patterns
 
@@ -55,6 +56,9 @@ def _task(artifact: Path, folder: Path, samples: Samples) -> TrainingTask:
         data=str(data),
         state_folder=folder / "state",
         update_path=folder / "update.safetensors",
+        run="1" * 32,
+        lease="2" * 32,
+        encoding=UpdateEncoding(),
         manifest=store.put((artifact / "manifest.json").read_bytes()),
         weights=store.put((artifact / "weights.safetensors").read_bytes()),
         epochs=1,

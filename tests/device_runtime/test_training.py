@@ -10,12 +10,15 @@ import pytest
 from frostline.datasets.folder import save_samples
 from frostline.datasets.samples import Samples
 from frostline.device_runtime.engine import open_runtime
+from frostline.device_runtime.error_feedback import ERROR_FEEDBACK, ErrorFeedback
 from frostline.device_runtime.feature_cache import FeatureCache
 from frostline.device_runtime.training import TrainingTask, train
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import CorruptContent, FrostlineError, RunError, UsageError
 from frostline.protocol.manifest import StageManifest, decode_manifest
+from frostline.protocol.messages import UpdateEncoding
 from frostline.protocol.tensors import Array, decode_tensors, encode_tensors
+from frostline.protocol.update_encoding import decode_update
 
 BATCH = 4
 
@@ -61,6 +64,9 @@ def prepare(artifact: Path, folder: Path, samples: Samples) -> Device:
         data=str(data),
         state_folder=folder / "state",
         update_path=folder / "outbox" / "update.safetensors",
+        run="1" * 32,
+        lease="2" * 32,
+        encoding=UpdateEncoding(),
         manifest=store.put(manifest_content),
         weights=store.put(weights_content),
         epochs=2,
@@ -106,6 +112,31 @@ def test_the_update_is_the_new_minus_the_received_values(artifact: Path, tmp_pat
     assert metrics.squared_loss is not None and metrics.squared_loss > metrics.loss**2
     assert any(np.abs(update[spec.name]).max() > 0 for spec in device.manifest.parameters)
     assert bool(device.manifest.prefix) == artifact.name.endswith("1")
+
+
+def test_what_encoding_loses_is_in_the_next_update(artifact: Path, tmp_path: Path) -> None:
+    device = prepare(artifact, tmp_path, make_samples(8))
+    train(device.task)
+    exact = device.update()
+    encoding = UpdateEncoding(values="int8", share=0.3)
+    feedback = ErrorFeedback(device.task.state_folder / ERROR_FEEDBACK)
+
+    def sent(task: TrainingTask) -> dict[str, Array]:
+        train(task)
+        return decode_update(task.update_path.read_bytes(), device.manifest, encoding, "update")
+
+    first = sent(replace(device.task, encoding=encoding))
+    feedback.settle(device.task.lease, counted=True)
+    second = sent(replace(device.task, encoding=encoding))
+    feedback.settle(device.task.lease, counted=True)
+    left = feedback.carried(device.task.run, device.manifest)
+    assert left is not None
+    for spec in device.manifest.parameters:
+        name = spec.name
+        assert np.abs(first[name] - exact[name]).max() > 0
+        np.testing.assert_allclose(first[name] + second[name] + left[name], 2 * exact[name], atol=1e-6)
+    for spec in device.manifest.statistics:
+        np.testing.assert_array_equal(first[spec.name], exact[spec.name])
 
 
 def test_micro_batches_give_the_update_of_the_whole_batch(variants: Path, tmp_path: Path) -> None:

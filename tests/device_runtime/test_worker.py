@@ -22,7 +22,7 @@ from frostline.device_runtime.worker import Workers
 from frostline.protocol import errors
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import CorruptContent, RunError
-from frostline.protocol.messages import BlobReference
+from frostline.protocol.messages import BlobReference, UpdateEncoding
 
 MISSING = BlobReference(sha256="0" * 64, size=1)
 
@@ -34,6 +34,9 @@ def task(tmp_path: Path) -> TrainingTask:
         data=str(tmp_path / "data"),
         state_folder=tmp_path / "state",
         update_path=tmp_path / "update.safetensors",
+        run="1" * 32,
+        lease="2" * 32,
+        encoding=UpdateEncoding(),
         manifest=MISSING,
         weights=MISSING,
         epochs=1,

@@ -132,6 +132,20 @@ def test_a_slower_fleet_takes_longer_in_proportion(tmp_path: Path, compiled: Pat
     assert seconds[1] == pytest.approx(4 * seconds[0], rel=1e-2)
 
 
+def test_encoded_updates_take_less_time_and_train_the_same_block(tmp_path: Path, compiled: Path) -> None:
+    slow = changed(ONE_ROUND, simulation={"speed": [1.0, 1.0], "bandwidth": ["10 kB", "10 kB"]})
+    finish(prepare(tmp_path / "plain", compiled, slow))
+    finish(prepare(tmp_path / "int8", compiled, changed(slow, updates={"values": "int8"})))
+    (plain,), (int8,) = rows(tmp_path / "plain"), rows(tmp_path / "int8")
+    assert int8["bytes_up"] < 0.5 * plain["bytes_up"]
+    saved = (plain["bytes_up"] - int8["bytes_up"]) / plain["devices_finished"] / 10_000
+    # The file's header is longer by the names of the scales.
+    assert plain["seconds"] - int8["seconds"] == pytest.approx(saved, rel=0.3)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "int8")]
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], value, atol=0.01)
+
+
 def test_nothing_of_the_devices_is_left_behind(tmp_path: Path, compiled: Path) -> None:
     run = prepare(tmp_path / "run", compiled, ONE_ROUND)
     summary = finish(run)

@@ -94,6 +94,9 @@ def test_a_killed_server_resumes_and_a_killed_device_is_replaced(
 ) -> None:
     out = tmp_path / "run"
     config = write_config(tmp_path, deadline=40)
+    # What a resumed server refolds, and what a resumed device sends, is encoded.
+    with config.open("a") as file:
+        file.write('[updates]\nvalues = "int8"\nshare = 0.5\ncompression = "zstd"\n')
     serve = ["serve", "--config", config, "--out", out, "--broker", broker.url, "--json"]
     with ExitStack() as stack:
         for n in range(2):

@@ -24,10 +24,12 @@ from frostline.protocol.messages import (
     Receipt,
     RunAnnouncement,
     TrainingMetrics,
+    UpdateEncoding,
     UpdateOffer,
 )
 from frostline.protocol.tensors import Array, encode_tensors
 from frostline.protocol.topics import Topics
+from frostline.protocol.update_encoding import decode_update, encode_update
 
 FOLDER = Path(__file__).parent
 
@@ -163,6 +165,7 @@ def _messages() -> dict[str, Message]:
             learning_rate=0.05,
             seed=4_294_967_295,
             evaluate=True,
+            encoding=UpdateEncoding(values="int8", share=0.25, compression="zstd"),
             deadline_seconds=600.0,
         ),
         "Answer": Answer(lease=LEASE, answer="refused", reason='needs 12 MB, has "8 MB" \\ µ'),
@@ -215,6 +218,32 @@ def _refused() -> list[dict[str, str]]:
             ("RunAnnouncement", f'{{"protocol":2,"run":"{RUN}","state":"open","chunk_size":4096}}'),
         ]
     ]
+
+
+def _updates() -> dict[str, object]:
+    update = {
+        "block.weight": np.array([[-2.0, 0.1, 0.0, 0.25, -0.3], [1.0, -1e-9, 0.5, 0.125, 1.51]], np.float32),
+        "mean": np.array([0.1, -3.0], np.float32),
+    }
+    specs = {name: TensorSpec(name=name, shape=value.shape) for name, value in update.items()}
+    fields = {"parameters": [specs["block.weight"]], "statistics": [specs["mean"]]}
+    manifest = _manifest().model_copy(update=fields)
+    vectors = []
+    for encoding in (
+        UpdateEncoding(),
+        UpdateEncoding(values="float16"),
+        UpdateEncoding(values="int8"),
+        UpdateEncoding(share=0.5),
+        UpdateEncoding(values="int8", share=0.2),
+    ):
+        content = encode_update(update, manifest, encoding)
+        decoded = decode_update(content, manifest, encoding, "golden")
+        vectors.append({
+            "encoding": encoding.model_dump(),
+            "content": content.hex(),
+            "decoded": {name: value.tolist() for name, value in decoded.items()},
+        })  # fmt: skip
+    return {"update": {name: value.tolist() for name, value in update.items()}, "vectors": vectors}
 
 
 def _topics() -> dict[str, object]:
@@ -274,6 +303,7 @@ def golden_files() -> dict[str, bytes]:
         "content.bin": CONTENT,
         "tensors.safetensors": encode_tensors(TENSORS),
         "tensors.json": _document(_tensors()),
+        "updates.json": _document(_updates()),
         "manifest.json": manifest,
         "manifest.sha256": f"{sha256_of(manifest)}\n".encode(),
     }

@@ -18,6 +18,8 @@ from frostline.protocol.manifest import TensorSpec, decode_manifest
 from frostline.protocol.messages import BlobIndex, Message, decode
 from frostline.protocol.tensors import decode_tensors, encode_tensors
 from frostline.protocol.topics import Received, Topics
+from frostline.protocol.update_encoding import decode_update, encode_update
+from tests.server.builders import stage_manifest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GENERATED: dict[str, bytes] = runpy.run_path(str(GOLDEN / "make.py"))["golden_files"]()
@@ -77,6 +79,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "learning_rate": 0.05,
         "seed": 4_294_967_295,
         "evaluate": True,
+        "encoding": {"values": "int8", "share": 0.25, "compression": "zstd"},
         "deadline_seconds": 600.0,
     },
     "Answer": {"lease": LEASE, "answer": "refused", "reason": 'needs 12 MB, has "8 MB" \\ µ'},
@@ -132,7 +135,7 @@ def test_the_folder_holds_the_generated_files_and_no_other() -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert found == {*GENERATED, "make.py"}
-    assert sum(len(read(name)) for name in GENERATED) < 16_000
+    assert sum(len(read(name)) for name in GENERATED) < 24_000
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -141,7 +144,7 @@ def test_files_are_current(name: str) -> None:
 
 
 def test_every_message_on_a_topic_has_a_vector() -> None:
-    nested = {"BlobReference", "TrainingMetrics"}
+    nested = {"BlobReference", "TrainingMetrics", "UpdateEncoding"}
     kinds = {
         name
         for name, value in vars(messages).items()
@@ -176,6 +179,32 @@ def test_content_is_the_documented_bytes_and_hashes(tmp_path: Path) -> None:
     for sha256, chunk in zip(index.chunks, split_chunks(content, index.chunk_size), strict=True):
         store.put_chunk(sha256, chunk)
     assert store.assemble(index).read_bytes() == content
+
+
+def test_updates_decode_to_the_documented_values() -> None:
+    document = json.loads(read("updates.json"))
+    manifest = stage_manifest(
+        parameters=[TensorSpec(name="block.weight", shape=(2, 5))],
+        statistics=[TensorSpec(name="mean", shape=(2,))],
+    )
+    update = {name: np.array(values, np.float32) for name, values in document["update"].items()}
+    assert {name: value.shape for name, value in update.items()} == {"block.weight": (2, 5), "mean": (2,)}
+    for vector in document["vectors"]:
+        encoding = messages.UpdateEncoding.model_validate(vector["encoding"])
+        content = bytes.fromhex(vector["content"])
+        assert encode_update(update, manifest, encoding) == content
+        decoded = decode_update(content, manifest, encoding, "golden")
+        assert {name: value.tolist() for name, value in decoded.items()} == {
+            name: np.array(values, np.float32).tolist() for name, values in vector["decoded"].items()
+        }
+    # By hand: 2.0 / 127 is the scale, and the two largest of ten are in the first and the last place.
+    last = document["vectors"][-1]
+    assert last["encoding"] == {"values": "int8", "share": 0.2, "compression": "none"}
+    assert (
+        last["decoded"]["block.weight"][0][0] == -2.0
+        and last["decoded"]["block.weight"][1][4] == 1.5118110179901123
+    )
+    assert b"\x80\x40" in bytes.fromhex(last["content"])
 
 
 def test_tensors_decode_to_the_documented_values() -> None:

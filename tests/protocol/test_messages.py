@@ -21,6 +21,7 @@ from frostline.protocol.messages import (
     Receipt,
     RunAnnouncement,
     TrainingMetrics,
+    UpdateEncoding,
     UpdateOffer,
     as_reason,
     decode,
@@ -52,6 +53,12 @@ METRICS = st.builds(
     loss=st.floats(allow_nan=False, allow_infinity=False),
     squared_loss=st.none() | st.floats(0, allow_nan=False, allow_infinity=False),
     seconds=SECONDS,
+)
+ENCODINGS = st.builds(
+    UpdateEncoding,
+    values=st.sampled_from(["float32", "float16", "int8"]),
+    share=st.floats(0, 1, exclude_min=True),
+    compression=st.sampled_from(["none", "zstd"]),
 )
 MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     BlobReference: REFERENCES,
@@ -86,8 +93,10 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
         learning_rate=st.floats(0, 1000, exclude_min=True),
         seed=st.integers(0, 2**32 - 1),
         evaluate=st.booleans(),
+        encoding=ENCODINGS,
         deadline_seconds=SECONDS,
     ),
+    UpdateEncoding: ENCODINGS,
     Answer: st.builds(
         Answer, lease=IDENTIFIERS, answer=st.sampled_from(["accepted", "refused", "failed"]), reason=REASONS
     ),
@@ -127,6 +136,7 @@ VALID: dict[type[Message], dict[str, Any]] = {
         "seed": 0,
         "deadline_seconds": 1.0,
     },
+    UpdateEncoding: {},
     Answer: {"lease": IDENTIFIER, "answer": "accepted"},
     ContentRequest: {"hashes": [HASH]},
     TrainingMetrics: {"samples": 1, "steps": 1, "loss": 0.5, "seconds": 1.0},
@@ -323,6 +333,11 @@ def test_device_names_that_look_like_paths_or_filters_are_refused(name: str) -> 
         (Lease, "learning_rate", -0.1),
         (Lease, "seed", 2**32),
         (Lease, "deadline_seconds", -1),
+        (Lease, "encoding", {"values": "int4"}),
+        (UpdateEncoding, "values", "float64"),
+        (UpdateEncoding, "share", 0),
+        (UpdateEncoding, "share", 1.01),
+        (UpdateEncoding, "compression", "gzip"),
         (Lease, "manifest", {"sha256": HASH}),
         (Answer, "lease", "a" * 31),
         (Answer, "answer", "maybe"),

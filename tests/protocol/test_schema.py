@@ -18,7 +18,7 @@ SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
 GOLDEN = Path(__file__).parents[1] / "golden"
 GENERATED: dict[str, bytes] = runpy.run_path(str(SCHEMAS / "make.py"))["schema_files"]()
 VECTORS = [*sorted((GOLDEN / "messages").glob("*.json")), GOLDEN / "manifest.json"]
-NESTED = {"BlobReference", "TrainingMetrics"}
+NESTED = {"BlobReference", "TrainingMetrics", "UpdateEncoding"}
 
 
 def schema_name(vector: Path) -> str:

@@ -13,8 +13,9 @@ import pytest
 
 from frostline.protocol.blobs import BlobStore, index_of, reference_to
 from frostline.protocol.manifest import TensorSpec
-from frostline.protocol.messages import Answer, Lease, TrainingMetrics, UpdateOffer
+from frostline.protocol.messages import Answer, Lease, TrainingMetrics, UpdateEncoding, UpdateOffer
 from frostline.protocol.tensors import Array, encode_tensors
+from frostline.protocol.update_encoding import decode_update, encode_update
 from frostline.server import round as round_module
 from frostline.server.admission import OfferedStage
 from frostline.server.aggregation import Aggregator
@@ -74,6 +75,7 @@ class Fleet:
         self.leases: list[tuple[str, Lease]] = []
         self.receipts: dict[str, str] = {}
         self.plan = PLAN
+        self.encoding = UpdateEncoding()
         self.ledger.begin_stage(0, "block")
         self.ledger.open_round(0, 0, WEIGHTS_REFERENCE)
 
@@ -107,7 +109,8 @@ class Fleet:
         self.changed.set()
 
     def round(self, devices: int, deadline: float = 5.0, surplus: int = 0) -> Round:
-        config = RunConfig.model_validate({"model": {"name": "m"}})
+        encoding = self.encoding.model_dump()
+        config = RunConfig.model_validate({"model": {"name": "m"}, "updates": encoding})
         self.aggregator = Aggregator(WEIGHTS)
         plan = replace(self.plan, devices=devices, deadline_seconds=deadline, surplus=surplus)
         return Round(plan, config, self, self.ledger, self.aggregator, self.store)
@@ -509,6 +512,40 @@ def test_a_restarted_server_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         assert [row.state for row in fleet.ledger.leases(0)] == ["done"] * 3
 
     asyncio.run(after(asyncio.run(before())))
+
+
+def test_encoded_updates_are_folded_in_and_refolded_after_a_restart(tmp_path: Path) -> None:
+    encoding = UpdateEncoding(values="int8", share=0.5, compression="zstd")
+
+    def finish_encoded(fleet: Fleet, device: str, lease: Lease) -> None:
+        assert lease.encoding == encoding
+        content = encode_update(update_of(device), FORMS[lease.manifest], encoding)
+        assert not fleet.send(device, offer_of(lease.lease, content), content)
+
+    def scripted() -> Fleet:
+        fleet = Fleet(tmp_path, dict.fromkeys(NAMES, finish_encoded))
+        fleet.encoding = encoding
+        return fleet
+
+    expected = Aggregator(WEIGHTS)
+    for device in NAMES[:2]:
+        content = encode_update(update_of(device), OFFERS[0].manifest, encoding)
+        expected.fold(decode_update(content, OFFERS[0].manifest, encoding, device), SAMPLES)
+
+    async def before() -> None:
+        fleet = scripted()
+        fleet.join(*NAMES[:2])
+        await asyncio.wait_for(fleet.round(devices=2).run(iter(NAMES)), 3)
+        assert_same(fleet.aggregator.result(), expected.result())
+        fleet.ledger.close()
+
+    async def after() -> None:
+        fleet = scripted()
+        assert len(fleet.round(devices=3).metrics) == 2
+        assert_same(fleet.aggregator.result(), expected.result())
+
+    asyncio.run(before())
+    asyncio.run(after())
 
 
 def test_a_restarted_server_repeats_a_lease_when_its_device_appears(tmp_path: Path) -> None:

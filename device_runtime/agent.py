@@ -238,15 +238,7 @@ class Agent:
             data=self._settings.data,
             state_folder=self._settings.state_folder,
             update_path=update_path,
-            run=lease.run,
-            lease=lease.lease,
-            manifest=lease.manifest,
-            weights=lease.weights,
-            encoding=lease.encoding,
-            epochs=lease.epochs,
-            learning_rate=lease.learning_rate,
-            seed=lease.seed,
-            evaluate=lease.evaluate,
+            lease=lease,
         )
         metrics = await self._workers.train(task)
         self._store.remove(lease.weights)

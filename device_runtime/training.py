@@ -18,7 +18,7 @@ from frostline.device_runtime.feature_cache import FeatureCache
 from frostline.protocol.blobs import BlobStore, write_atomically
 from frostline.protocol.errors import RunError
 from frostline.protocol.manifest import StageManifest, decode_manifest
-from frostline.protocol.messages import BlobReference, TrainingMetrics, UpdateEncoding
+from frostline.protocol.messages import Lease, TrainingMetrics
 from frostline.protocol.tensors import Array, decode_tensors
 from frostline.protocol.update_encoding import decode_update, encode_update
 
@@ -45,15 +45,7 @@ class TrainingTask:
     data: str
     state_folder: Path
     update_path: Path
-    run: str
-    lease: str
-    manifest: BlobReference
-    weights: BlobReference
-    encoding: UpdateEncoding
-    epochs: int
-    learning_rate: float
-    seed: int
-    evaluate: bool
+    lease: Lease
 
 
 def train(task: TrainingTask) -> TrainingMetrics:
@@ -69,25 +61,25 @@ def train(task: TrainingTask) -> TrainingMetrics:
     """
     started = time.perf_counter()
     store = BlobStore(task.state_folder / "blobs")
-    manifest = decode_manifest(store.read(task.manifest), "received manifest")
+    manifest = decode_manifest(store.read(task.lease.manifest), "received manifest")
     samples = _samples(task.data)
     _check_fit(samples, manifest)
     runtime = open_runtime(manifest.engine)
     cache = FeatureCache(task.state_folder / "features")
     features = cache.features(samples.x, samples.fingerprint(), manifest, runtime, store)
-    received = decode_tensors(store.read(task.weights), manifest.trained, "received weights")
+    received = decode_tensors(store.read(task.lease.weights), manifest.trained, "received weights")
     session = runtime.open_stage(manifest, store)
-    session.load(received, task.seed)
+    session.load(received, task.lease.seed)
 
     held_out = np.arange(len(samples)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    held_out &= task.evaluate
+    held_out &= task.lease.evaluate
     evaluated = np.flatnonzero(held_out)
     correct = _count_correct(session, features, samples.y, evaluated, manifest.micro_batch)
     chosen = np.flatnonzero(~held_out)
     losses = []
-    for batch in _batches(chosen, manifest.batch, task.epochs, task.seed):
+    for batch in _batches(chosen, manifest.batch, task.lease.epochs, task.lease.seed):
         parts = _parts(features, samples.y, batch, manifest.micro_batches)
-        loss, _ = session.step(parts, task.learning_rate)
+        loss, _ = session.step(parts, task.lease.learning_rate)
         losses.append(loss)
         if not np.isfinite(loss):
             raise RunError(f"the loss is not finite after {len(losses)} steps; lower the run's learning rate")
@@ -108,15 +100,15 @@ def train(task: TrainingTask) -> TrainingMetrics:
 
 
 def _encoded(update: dict[str, Array], manifest: StageManifest, task: TrainingTask) -> bytes:
-    if task.encoding.is_exact:
-        return encode_update(update, manifest, task.encoding)
+    if task.lease.encoding.is_exact:
+        return encode_update(update, manifest, task.lease.encoding)
     feedback = ErrorFeedback(task.state_folder / ERROR_FEEDBACK)
-    carried = feedback.carried(task.run, manifest)
+    carried = feedback.carried(task.lease.run, manifest)
     wanted = {name: value + carried[name] for name, value in update.items()} if carried else update
-    content = encode_update(wanted, manifest, task.encoding)
-    sent = decode_update(content, manifest, task.encoding, "encoded update")
+    content = encode_update(wanted, manifest, task.lease.encoding)
+    sent = decode_update(content, manifest, task.lease.encoding, "encoded update")
     lost = {name: value - sent[name] for name, value in wanted.items()}
-    feedback.hold(task.lease, task.run, manifest, lost)
+    feedback.hold(task.lease.lease, task.lease.run, manifest, lost)
     return content
 
 

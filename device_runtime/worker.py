@@ -44,7 +44,7 @@ class Workers:
         pool = self._pool
         if pool is None:
             context = multiprocessing.get_context("spawn")
-            pool = self._pool = ProcessPoolExecutor(self._count, context, initializer=_prepare)
+            pool = self._pool = ProcessPoolExecutor(self._count, context, initializer=prepare_worker)
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, train, task)
         except asyncio.CancelledError:
@@ -60,14 +60,20 @@ class Workers:
 
     def _end(self) -> None:
         if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-            # Not waited for: before Python 3.12 the pool can wait for ever for a worker that died.
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            kill_workers(self._pool)
             self._pool = None
 
 
-def _prepare() -> None:
+def kill_workers(pool: ProcessPoolExecutor) -> None:
+    """End a pool at once, whatever its processes are at."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    # Not waited for: before Python 3.12 the pool can wait for ever for a worker that died.
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def prepare_worker() -> None:
+    """Make a new process one that computes on one thread, and ends when its parent does."""
     os.environ["OMP_NUM_THREADS"] = "1"
     # A terminal sends its interrupt to every process; the agent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -75,7 +81,7 @@ def _prepare() -> None:
 
 
 def _leave_with_parent() -> None:
-    """A killed agent must not leave its worker behind, training for nobody."""
+    """Whoever is killed must not leave workers behind, training for nobody."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

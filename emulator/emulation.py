@@ -64,7 +64,7 @@ async def emulate(
     with Workers(workers) as pool:
         agents = []
         for number in range(fleet.devices):
-            name = f"device-{number + 1:0{len(str(fleet.devices))}d}"
+            name = device_name(number, fleet.devices)
             settings = _place(folder / name, name, shards[number], budgets[number], engines[number])
             on_change = _for_device(notify, name)
             agents.append(Agent(settings, address, topics, shards[number], pool, on_change))
@@ -77,6 +77,11 @@ async def emulate(
             await asyncio.gather(*tasks, return_exceptions=True)
             # Features and downloads of virtual devices are of no use afterwards; the run's results are.
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+def device_name(number: int, count: int) -> str:
+    """What the virtual device `number`, counted from 0, of `count` is called; names sort as numbers do."""
+    return f"device-{number + 1:0{len(str(count))}d}"
 
 
 async def memory_budgets(run: Run) -> list[int]:

@@ -205,15 +205,7 @@ class SimulatedFleet:
             data=str(state / "data"),
             state_folder=state,
             update_path=update_path,
-            run=lease.run,
-            lease=lease.lease,
-            manifest=lease.manifest,
-            weights=lease.weights,
-            encoding=lease.encoding,
-            epochs=lease.epochs,
-            learning_rate=lease.learning_rate,
-            seed=lease.seed,
-            evaluate=lease.evaluate,
+            lease=lease,
         )
         try:
             metrics = train(task).model_copy(update={"seconds": computing})

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from frostline.datasets.samples import Samples
-from frostline.emulator.emulation import device_engines, memory_budgets
+from frostline.emulator.emulation import device_engines, device_name, memory_budgets
 from frostline.emulator.simulated_fleet import SimulatedFleet, VirtualDevice
 from frostline.emulator.step_profile import StepProfile
 from frostline.emulator.virtual_time import run_in_virtual_time
@@ -73,7 +73,7 @@ def virtual_devices(
     bandwidths = _log_uniform(slow, fast, count, [config.fleet.seed, BANDWIDTH_STREAM])
     return [
         VirtualDevice(
-            name=f"device-{number + 1:0{len(str(count))}d}",
+            name=device_name(number, count),
             samples=shards[number],
             memory_bytes=budgets[number],
             engines=engines[number],

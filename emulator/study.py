@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
-import threading
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from frostline.device_runtime.worker import kill_workers, prepare_worker
 from frostline.emulator.emulation import split_samples
 from frostline.emulator.simulation import simulate
-from frostline.protocol.errors import FrostlineError, UsageError
+from frostline.protocol.errors import FrostlineError, RunError, UsageError
 from frostline.protocol.messages import Name
 from frostline.server.assembly import assemble, broker_address
 from frostline.server.config import Document, load_config, merge, parse_toml, read_text
@@ -152,35 +151,33 @@ class StudyObserver:
 
 
 def run_study(study: Study, workers: int, observer: StudyObserver) -> None:
-    """Run what is not done yet, `workers` runs at a time; a run that fails is reported and the others go on."""
+    """Run what is not done yet, `workers` runs at a time; a run that fails is reported and the others go on.
+
+    Raises
+    ------
+    RunError
+        If a process died, as it does when memory runs out.
+    """
     waiting = [run for run in study.runs if not run.done]
     observer.on_begin(len(waiting), len(study.runs) - len(waiting))
     if not waiting:
         return
     study.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_prepare) as pool:
+    pool = ProcessPoolExecutor(workers, context, initializer=prepare_worker)
+    try:
         futures = {pool.submit(_run, run, study.out): run for run in waiting}
-        try:
-            for future in as_completed(futures):
-                observer.on_run(futures[future], future.result())
-        except BaseException:
-            for process in list((pool._processes or {}).values()):
-                process.kill()
-            raise
-
-
-def _prepare() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-
-
-def _leave_with(parent: BaseProcess) -> None:
-    """A killed study must not leave its runs behind."""
-    parent.join()
-    os._exit(1)
+        for future in as_completed(futures):
+            observer.on_run(futures[future], future.result())
+    except BrokenProcessPool:
+        kill_workers(pool)
+        raise RunError(
+            "a process of the study died, as when memory runs out; begin it again with fewer --workers, finished runs stay"
+        ) from None
+    except BaseException:
+        kill_workers(pool)
+        raise
+    pool.shutdown()
 
 
 def _run(run: StudyRun, out: Path) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.table import Table
 
 from frostline.emulator.study import Study, StudyRun
 from frostline.protocol.sizes import format_size
+from frostline.protocol.tensors import Array
 from frostline.server.ledger import Ledger, sqlite_url
 from frostline.server.records import RoundRecord, RunSummary
 from frostline.server.run_folder import RunFolder
@@ -34,12 +37,12 @@ class FinishedRun:
     trained_devices: int
     devices: int
 
-    @property
+    @cached_property
     def seconds(self) -> list[float]:
         """Simulated time at the end of each round."""
         return [float(value) for value in np.cumsum([record.seconds for record in self.records])]
 
-    @property
+    @cached_property
     def accuracies(self) -> list[float]:
         """Held-out accuracy after each round, the mean of the last `SMOOTHED_ROUNDS`."""
         raw = [record.accuracy or 0.0 for record in self.records]
@@ -175,15 +178,10 @@ def _row(
 def _speedup(runs: Sequence[FinishedRun], reference: Sequence[FinishedRun]) -> float | None:
     """Ratio of the mean times to the reference's best accuracy of the same seed."""
     best = {run.seed: (max(run.accuracies), run) for run in reference}
-    pairs = [
-        (best[run.seed][1].seconds_to(best[run.seed][0]), run.seconds_to(best[run.seed][0]))
-        for run in runs
-        if run.seed in best
-    ]
-    known = [(theirs, ours) for theirs, ours in pairs if theirs is not None and ours is not None]
-    if not known or len(known) < len(pairs):
-        return None
-    return sum(theirs for theirs, _ in known) / sum(ours for _, ours in known)
+    pairs = [(run, *best[run.seed]) for run in runs if run.seed in best]
+    theirs = _mean(other.seconds_to(accuracy) for _, accuracy, other in pairs)
+    ours = _mean(run.seconds_to(accuracy) for run, accuracy, _ in pairs)
+    return None if theirs is None or ours is None else theirs / ours
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -285,9 +283,7 @@ def _draw_courses(setting: str, methods: dict[str, list[FinishedRun]], path: Pat
         for method, runs in methods.items():
             end = max(run.seconds[-1] for run in runs)
             times = np.linspace(0, end, 200)
-            curves = np.array([
-                [_accuracy_now(run, time) for time in times] for run in runs
-            ])  # fmt: skip
+            curves = np.array([_accuracies_at(run, times) for run in runs])
             (line,) = axes.plot(times, 100 * curves.mean(0), label=method, linewidth=1.4)
             low, high = 100 * curves.min(0), 100 * curves.max(0)
             axes.fill_between(times, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
@@ -298,10 +294,10 @@ def _draw_courses(setting: str, methods: dict[str, list[FinishedRun]], path: Pat
         axes.grid(alpha=0.3)
 
 
-def _accuracy_now(run: FinishedRun, time: float) -> float:
-    """The accuracy of the last round that had ended; 0 before the first."""
-    ended = int(np.searchsorted(run.seconds, time, side="right"))
-    return run.accuracies[ended - 1] if ended else 0.0
+def _accuracies_at(run: FinishedRun, times: Array) -> Array:
+    """The accuracy of the last round that had ended at each time; 0 before the first."""
+    reached: Array = np.array([0.0, *run.accuracies])
+    return reached[np.searchsorted(run.seconds, times, side="right")]
 
 
 def _draw_memory(results: StudyResults, path: Path) -> None:
@@ -321,26 +317,18 @@ def _draw_memory(results: StudyResults, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
 
 
-class _figure:  # noqa: N801
-    """A Matplotlib figure that is written as SVG on leaving; the same data give the same file."""
+@contextlib.contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes of a Matplotlib figure that is then written as SVG; the same data give the same file."""
+    import matplotlib as mpl
 
-    def __init__(self, path: Path, size: tuple[float, float]) -> None:
-        self._path = path
-        self._size = size
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
-    def __enter__(self) -> Any:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-
-        mpl.rcParams["svg.hashsalt"] = "frostline"
-        self._figure, axes = plt.subplots(figsize=self._size, layout="constrained")
-        return axes
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from matplotlib import pyplot as plt
-
-        if kind is None:
-            self._figure.savefig(self._path, metadata={"Date": None})
-        plt.close(self._figure)
+    mpl.rcParams["svg.hashsalt"] = "frostline"
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    try:
+        yield axes
+        figure.savefig(path, metadata={"Date": None})
+    finally:
+        plt.close(figure)

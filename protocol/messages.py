@@ -22,6 +22,9 @@ Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Engine = Literal["executorch", "onnxruntime", "onnxruntime-training"]
 """A runtime that trains; an artifact is compiled for one."""
+UpdateValues = Literal["float32", "float16", "int8"]
+UpdateShare = Annotated[float, Field(gt=0, le=1)]
+Compression = Literal["none", "zstd"]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=0, le=10**7)]
 # No control characters: a terminal would obey them.
@@ -94,9 +97,9 @@ class UpdateEncoding(Message):
         The share of each parameter's values that travels: those of the largest magnitude.
     """
 
-    values: Literal["float32", "float16", "int8"] = "float32"
-    share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    compression: Literal["none", "zstd"] = "none"
+    values: UpdateValues = "float32"
+    share: UpdateShare = 1.0
+    compression: Compression = "none"
 
     @property
     def is_exact(self) -> bool:

@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from frostline.protocol.errors import UsageError
-from frostline.protocol.messages import Engine, Name, UpdateEncoding
+from frostline.protocol.messages import Compression, Engine, Name, UpdateEncoding, UpdateShare, UpdateValues
 
 MOST_EXTENDED = 4
 """Files that may extend each other in a row."""
@@ -204,14 +204,14 @@ class UpdatesTable(_Table):
         update of the stage.
     """
 
-    values: Literal["float32", "float16", "int8"] = "float32"
-    share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    compression: Literal["none", "zstd"] = "none"
+    values: UpdateValues = "float32"
+    share: UpdateShare = 1.0
+    compression: Compression = "none"
 
     @property
     def encoding(self) -> UpdateEncoding:
         """The same as leases say it."""
-        return UpdateEncoding(values=self.values, share=self.share, compression=self.compression)
+        return UpdateEncoding(**self.model_dump())
 
 
 class BrokerTable(_Table):

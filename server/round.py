@@ -86,6 +86,7 @@ class Round:
         self._ledger = ledger
         self._aggregator = aggregator
         self._updates = updates
+        self._encoding = config.updates.encoding
         self._open: dict[str, _OpenLease] = {}
         self._asked: set[str] = set()
         self.metrics: list[TrainingMetrics] = []
@@ -155,7 +156,7 @@ class Round:
         lease = self._open.get(offer.lease)
         if lease is None or lease.device != device:
             return "the lease is not open any more"
-        limit = largest_update(lease.offer.manifest, lease.message.encoding)
+        limit = largest_update(lease.offer.manifest, self._encoding)
         if offer.content.size > limit:
             return f"an update of this stage has at most {limit} bytes"
         announced = self._fleet.devices[device].presence.samples if device in self._fleet.devices else 0
@@ -173,8 +174,7 @@ class Round:
             return "an update of this identifier was counted before"
         lease = self._open[offer.lease]
         try:
-            manifest, encoding = lease.offer.manifest, lease.message.encoding
-            tensors = decode_update(content, manifest, encoding, f"update of {device}")
+            tensors = decode_update(content, lease.offer.manifest, self._encoding, f"update of {device}")
         except CorruptContent as error:
             self._settle(offer.lease, "failed", str(error))
             return str(error)
@@ -202,8 +202,8 @@ class Round:
         leased = {row.lease: self._offer_of_width(row.width) for row in leases}
         for update in self._ledger.updates(self._plan.number):
             content = self._updates.read(update.content)
-            manifest, encoding = leased[update.lease].manifest, self._config.updates.encoding
-            tensors = decode_update(content, manifest, encoding, f"update of {update.device}")
+            manifest = leased[update.lease].manifest
+            tensors = decode_update(content, manifest, self._encoding, f"update of {update.device}")
             self._aggregator.fold(tensors, update.metrics.samples)
             self.metrics.append(update.metrics)
             self.bytes_up += update.content.size
@@ -250,7 +250,7 @@ class Round:
             learning_rate=training.learning_rate,
             seed=(self._config.run.seed + 7919 * self._plan.number) % 2**32,
             evaluate=self._config.data.test is None,
-            encoding=self._config.updates.encoding,
+            encoding=self._encoding,
             deadline_seconds=self._plan.deadline_seconds,
         )
         return _OpenLease(device, message, asyncio.get_running_loop().time(), session, offer)

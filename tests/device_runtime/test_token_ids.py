@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,9 @@ from frostline.datasets.samples import Samples
 from frostline.device_runtime.training import TrainingTask, train
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import RunError
-from frostline.protocol.messages import UpdateEncoding
 from frostline.protocol.tensors import Array
 from tests.byte_patterns import LENGTH, byte_patterns
+from tests.device_runtime.leases import lease_of, leased
 
 BATCH, VOCABULARY = 4, 128
 
@@ -56,15 +55,11 @@ def _task(artifact: Path, folder: Path, samples: Samples) -> TrainingTask:
         data=str(data),
         state_folder=folder / "state",
         update_path=folder / "update.safetensors",
-        run="1" * 32,
-        lease="2" * 32,
-        encoding=UpdateEncoding(),
-        manifest=store.put((artifact / "manifest.json").read_bytes()),
-        weights=store.put((artifact / "weights.safetensors").read_bytes()),
-        epochs=1,
-        learning_rate=0.1,
-        seed=0,
-        evaluate=False,
+        lease=lease_of(
+            store.put((artifact / "manifest.json").read_bytes()),
+            store.put((artifact / "weights.safetensors").read_bytes()),
+            learning_rate=0.1,
+        ),
     )
 
 
@@ -72,8 +67,8 @@ def _task(artifact: Path, folder: Path, samples: Samples) -> TrainingTask:
 def test_a_stage_learns_from_token_ids(text_artifacts: Path, tmp_path: Path, stage: int) -> None:
     # Seven samples: the last batch of the prefix is filled up.
     task = _task(text_artifacts / f"stage-{stage}", tmp_path, byte_patterns(7, seed=0))
-    first = train(replace(task, learning_rate=1e-6))
-    longer = train(replace(task, epochs=30))
+    first = train(leased(task, learning_rate=1e-6))
+    longer = train(leased(task, epochs=30))
     assert longer.loss < 0.9 * first.loss
     cached = [np.load(path) for path in (tmp_path / "state" / "features").glob("*.npy")]
     assert [(each.shape, each.dtype) for each in cached] == [((7, LENGTH, 8), np.float32)] * stage

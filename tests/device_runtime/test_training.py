@@ -19,6 +19,7 @@ from frostline.protocol.manifest import StageManifest, decode_manifest
 from frostline.protocol.messages import UpdateEncoding
 from frostline.protocol.tensors import Array, decode_tensors, encode_tensors
 from frostline.protocol.update_encoding import decode_update
+from tests.device_runtime.leases import lease_of, leased
 
 BATCH = 4
 
@@ -64,15 +65,7 @@ def prepare(artifact: Path, folder: Path, samples: Samples) -> Device:
         data=str(data),
         state_folder=folder / "state",
         update_path=folder / "outbox" / "update.safetensors",
-        run="1" * 32,
-        lease="2" * 32,
-        encoding=UpdateEncoding(),
-        manifest=store.put(manifest_content),
-        weights=store.put(weights_content),
-        epochs=2,
-        learning_rate=0.05,
-        seed=3,
-        evaluate=False,
+        lease=lease_of(store.put(manifest_content), store.put(weights_content), epochs=2, seed=3),
     )
     return Device(task, manifest, decode_tensors(weights_content, manifest.trained, "weights"))
 
@@ -85,12 +78,12 @@ def artifact(request: pytest.FixtureRequest, artifacts: Path) -> Path:
 def test_the_update_is_the_new_minus_the_received_values(artifact: Path, tmp_path: Path) -> None:
     samples = make_samples(8)
     device = prepare(artifact, tmp_path, samples)
-    metrics = train(replace(device.task, epochs=1))
+    metrics = train(leased(device.task, epochs=1))
     assert (metrics.samples, metrics.steps, metrics.evaluated, metrics.correct) == (8, 2, 0, 0)
 
     # The same two steps by hand, over features the prefix gives batch by batch.
     runtime = open_runtime("executorch")
-    order = np.random.default_rng(device.task.seed).permutation(8)
+    order = np.random.default_rng(device.task.lease.seed).permutation(8)
     features: list[Array] = []
     for start in (0, BATCH):
         rows = samples.x[start : start + BATCH]
@@ -125,11 +118,11 @@ def test_what_encoding_loses_is_in_the_next_update(artifact: Path, tmp_path: Pat
         train(task)
         return decode_update(task.update_path.read_bytes(), device.manifest, encoding, "update")
 
-    first = sent(replace(device.task, encoding=encoding))
-    feedback.settle(device.task.lease, counted=True)
-    second = sent(replace(device.task, encoding=encoding))
-    feedback.settle(device.task.lease, counted=True)
-    left = feedback.carried(device.task.run, device.manifest)
+    first = sent(leased(device.task, encoding=encoding))
+    feedback.settle(device.task.lease.lease, counted=True)
+    second = sent(leased(device.task, encoding=encoding))
+    feedback.settle(device.task.lease.lease, counted=True)
+    left = feedback.carried(device.task.lease.run, device.manifest)
     assert left is not None
     for spec in device.manifest.parameters:
         name = spec.name
@@ -144,7 +137,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(variants: Path, tmp_pa
     for variant in ("whole", "micro2"):
         device = prepare(variants / "executorch" / variant, tmp_path / variant, samples)
         assert device.manifest.variant == variant
-        found = train(replace(device.task, evaluate=True))
+        found = train(leased(device.task, evaluate=True))
         updates[variant] = device.update()
         metrics[variant] = (
             found.samples,
@@ -160,8 +153,8 @@ def test_micro_batches_give_the_update_of_the_whole_batch(variants: Path, tmp_pa
 
 def test_training_learns(artifact: Path, tmp_path: Path) -> None:
     device = prepare(artifact, tmp_path, make_samples(12))
-    first = train(replace(device.task, epochs=1, learning_rate=1e-6))
-    longer = train(replace(device.task, epochs=25))
+    first = train(leased(device.task, epochs=1, learning_rate=1e-6))
+    longer = train(leased(device.task, epochs=25))
     assert longer.loss < first.loss
     assert longer.steps == 25 * first.steps == 75
 
@@ -170,7 +163,7 @@ def test_the_update_depends_on_the_seed_alone(artifact: Path, tmp_path: Path) ->
     device = prepare(artifact, tmp_path, make_samples(10))
     contents = []
     for seed in (3, 3, 4):
-        train(replace(device.task, seed=seed))
+        train(leased(device.task, seed=seed))
         contents.append(device.task.update_path.read_bytes())
     assert contents[0] == contents[1] != contents[2]
 
@@ -187,7 +180,7 @@ def test_dropout_starts_from_the_seed_of_the_lease(
         load(session, tensors, seed)
 
     monkeypatch.setattr(ExecuTorchTrainingSession, "load", seen)
-    train(replace(device.task, epochs=1, seed=7))
+    train(leased(device.task, epochs=1, seed=7))
     assert seeds == [7]
 
 
@@ -197,19 +190,19 @@ def test_every_tenth_sample_is_held_out_where_devices_evaluate(
 ) -> None:
     samples = make_samples(count)
     device = prepare(artifacts / "stage-0", tmp_path / "held out", samples)
-    metrics = train(replace(device.task, evaluate=True, epochs=1))
+    metrics = train(leased(device.task, evaluate=True, epochs=1))
     assert (metrics.samples, metrics.evaluated) == (count - held_out, held_out)
     assert 0 <= metrics.correct <= held_out
     kept = samples.take([row for row in range(count) if row % 10 != 9])
     without = prepare(artifacts / "stage-0", tmp_path / "without", kept)
-    train(replace(without.task, epochs=1))
+    train(leased(without.task, epochs=1))
     assert without.task.update_path.read_bytes() == device.task.update_path.read_bytes()
 
 
 def test_evaluation_counts_what_the_received_weights_get_right(artifacts: Path, tmp_path: Path) -> None:
     samples = make_samples(70)
     device = prepare(artifacts / "stage-0", tmp_path, samples)
-    metrics = train(replace(device.task, evaluate=True, epochs=1))
+    metrics = train(leased(device.task, evaluate=True, epochs=1))
     session = open_runtime("executorch").open_stage(device.manifest, device.store)
     session.load(device.weights)
     rows = np.arange(9, 70, 10)
@@ -223,7 +216,7 @@ def test_a_device_with_fewer_samples_than_a_batch_repeats_some(
     artifact: Path, tmp_path: Path, epochs: int, steps: int
 ) -> None:
     device = prepare(artifact, tmp_path, make_samples(3))
-    metrics = train(replace(device.task, epochs=epochs))
+    metrics = train(leased(device.task, epochs=epochs))
     assert (metrics.samples, metrics.steps) == (3, steps)
     assert np.isfinite(metrics.loss)
     assert device.update().keys() == device.weights.keys()
@@ -265,7 +258,7 @@ def test_training_that_diverges_fails_and_writes_nothing(
 ) -> None:
     device = prepare(artifact, tmp_path, make_samples(samples))
     with pytest.raises(RunError, match=complaint):
-        train(replace(device.task, epochs=1, learning_rate=learning_rate))
+        train(leased(device.task, epochs=1, learning_rate=learning_rate))
     assert device.written() == []
 
 
@@ -285,8 +278,8 @@ def test_damaged_content_is_named_and_made_ready_to_be_fetched_again(
 ) -> None:
     device = prepare(artifacts / "stage-1", tmp_path, make_samples(8))
     reference = {
-        "manifest": device.task.manifest,
-        "weights": device.task.weights,
+        "manifest": device.task.lease.manifest,
+        "weights": device.task.lease.weights,
         "program": device.manifest.training.file,
     }[content]
     path = device.store.path(reference)
@@ -307,10 +300,10 @@ def test_weights_of_another_stage_are_refused(artifacts: Path, tmp_path: Path) -
     device = prepare(artifacts / "stage-1", tmp_path, make_samples(8))
     other = device.store.put((artifacts / "stage-0" / "weights.safetensors").read_bytes())
     with pytest.raises(CorruptContent, match="received weights"):
-        train(replace(device.task, weights=other))
+        train(leased(device.task, weights=other))
     not_finite = {name: np.full_like(value, np.nan) for name, value in device.weights.items()}
     with pytest.raises(CorruptContent, match=r"received weights.*not finite"):
-        train(replace(device.task, weights=device.store.put(encode_tensors(not_finite))))
+        train(leased(device.task, weights=device.store.put(encode_tensors(not_finite))))
     assert device.written() == []
 
 
@@ -320,7 +313,7 @@ def test_a_program_that_is_none_is_a_plain_error(artifacts: Path, tmp_path: Path
     training_program = device.manifest.training.model_copy(update={"file": broken})
     manifest = device.manifest.model_copy(update={"training": training_program})
     with pytest.raises(RunError, match="training program: ExecuTorch"):
-        train(replace(device.task, manifest=device.store.put(manifest.encode())))
+        train(leased(device.task, manifest=device.store.put(manifest.encode())))
     assert device.written() == []
 
 

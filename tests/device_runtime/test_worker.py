@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from frostline.device_runtime.worker import Workers
 from frostline.protocol import errors
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import CorruptContent, RunError
-from frostline.protocol.messages import BlobReference, UpdateEncoding
+from frostline.protocol.messages import BlobReference
+from tests.device_runtime.leases import lease_of, leased
 
 MISSING = BlobReference(sha256="0" * 64, size=1)
 
@@ -34,21 +34,13 @@ def task(tmp_path: Path) -> TrainingTask:
         data=str(tmp_path / "data"),
         state_folder=tmp_path / "state",
         update_path=tmp_path / "update.safetensors",
-        run="1" * 32,
-        lease="2" * 32,
-        encoding=UpdateEncoding(),
-        manifest=MISSING,
-        weights=MISSING,
-        epochs=1,
-        learning_rate=0.05,
-        seed=0,
-        evaluate=False,
+        lease=lease_of(MISSING, MISSING),
     )
 
 
 def make_endless(task: TrainingTask) -> Path:
     """Make training of `task` wait for ever: its manifest becomes a pipe that nobody writes to."""
-    pipe = BlobStore(task.state_folder / "blobs").path(task.manifest)
+    pipe = BlobStore(task.state_folder / "blobs").path(task.lease.manifest)
     os.mkfifo(pipe)
     return pipe
 
@@ -92,7 +84,7 @@ def test_a_killed_worker_is_an_error_and_the_next_task_is_trained_quietly(
     for path in (artifact / "files").iterdir():
         if path.is_file():
             store.put(path.read_bytes())
-    trainable = replace(
+    trainable = leased(
         task,
         manifest=store.put((artifact / "manifest.json").read_bytes()),
         weights=store.put((artifact / "weights.safetensors").read_bytes()),

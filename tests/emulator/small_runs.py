@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,4 @@ def finish(run: Run, profile: Path | None = None) -> RunSummary:
 
 def rows(out: Path) -> list[dict[str, Any]]:
     """The records of its rounds as they are on disk."""
-    import json
-
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,7 @@ from frostline.protocol.errors import RunError
 from frostline.protocol.messages import RunAnnouncement
 from frostline.protocol.tensors import Array, encode_tensors
 from frostline.server.aggregation import Aggregator, leading_part
-from frostline.server.config import Document, FleetTable
+from frostline.server.config import Document, FleetTable, merge
 from frostline.server.coordinator import RunObserver
 from frostline.server.ledger import LeaseRow, Ledger, sqlite_url
 from frostline.server.records import RunSummary
@@ -44,7 +44,7 @@ def _invented_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def changed(base: Mapping[str, Document], **tables: Document) -> dict[str, Document]:
-    return {name: {**base.get(name, {}), **tables.get(name, {})} for name in {*base, *tables}}
+    return merge(dict(base), tables)
 
 
 def leases(out: Path, number: int) -> list[LeaseRow]:

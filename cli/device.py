@@ -27,6 +27,9 @@ def device(
         str | None,
         typer.Option(help="Budget for training, such as 64MB. Default: half of the memory free now."),
     ] = None,
+    storage: Annotated[
+        str, typer.Option(help="Most that downloads may take, such as 200MB; what was used longest ago goes.")
+    ] = "1GB",
     state: Annotated[
         Path | None,
         typer.Option(help="Folder for downloads and unsent updates. Default: ~/.local/state/frostline/ID."),
@@ -75,6 +78,7 @@ def device(
         memory_bytes=memory_bytes,
         state_folder=state or Path.home() / ".local" / "state" / "frostline" / name,
         engines=tuple(engines),
+        storage_bytes=parse_size(storage, "--storage"),
         gigaflops=measure_speed(),
         leave_when_finished=leave_when_finished,
     )

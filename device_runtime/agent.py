@@ -24,7 +24,7 @@ from frostline.device_runtime.training import TrainingTask
 from frostline.device_runtime.worker import Workers
 from frostline.protocol.blobs import BlobStore, index_of
 from frostline.protocol.connection import BrokerAddress, Connection, Will
-from frostline.protocol.errors import FrostlineError, ProtocolViolation, RunError
+from frostline.protocol.errors import FrostlineError, ProtocolViolation, RunError, StorageExceeded
 from frostline.protocol.manifest import StageManifest, decode_manifest
 from frostline.protocol.messages import (
     Answer,
@@ -59,6 +59,8 @@ class DeviceSettings:
         Downloads, cached features and the outbox; one a device.
     engines : tuple of Engine
         The runtimes it trains with.
+    storage_bytes : int
+        What its downloads may take; those used longest ago go first. Cached features and unsent updates come on top.
     gigaflops : float
         What one thread does, from `frostline.device_runtime.speed`; 0 where it is not known.
     leave_when_finished : bool
@@ -70,6 +72,7 @@ class DeviceSettings:
     memory_bytes: int
     state_folder: Path
     engines: tuple[Engine, ...]
+    storage_bytes: int = 2**30
     gigaflops: float = 0.0
     leave_when_finished: bool = False
 
@@ -228,10 +231,14 @@ class Agent:
         await self._fetcher.fetch(lease.manifest, run.chunk_size)
         manifest = decode_manifest(self._store.read(lease.manifest), "received manifest")
         self._admit(manifest)
+        content = [lease.manifest, *manifest.files, lease.weights]
+        try:
+            self._store.make_room(self._settings.storage_bytes, content)
+        except StorageExceeded as error:
+            raise _Refused(str(error)) from None
         self._answer(lease.lease, "accepted")
-        for reference in [*manifest.files, lease.weights]:
+        for reference in content:
             await self._fetcher.fetch(reference, run.chunk_size)
-        self._store.keep_only([lease.manifest, lease.weights, *manifest.files])
         self._notify("training", f"round {lease.round}: training {manifest.name}")
         update_path = self._outbox.content_path(lease.lease)
         task = TrainingTask(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
+from functools import partial
 
-from frostline.protocol.blobs import BlobStore, chunk_count, sha256_of
+from frostline.device_runtime.download import Download
+from frostline.protocol.blobs import BlobStore, chunk_count
 from frostline.protocol.connection import Connection
-from frostline.protocol.errors import ProtocolViolation
+from frostline.protocol.errors import IncompleteContent, ProtocolViolation
 from frostline.protocol.messages import BlobIndex, BlobReference, ContentRequest, decode
 from frostline.protocol.topics import Topics
 
@@ -43,19 +46,23 @@ class ContentFetcher:
         if self._store.has(reference):
             return
         index = await self._index(reference, chunk_size)
-        window = asyncio.Semaphore(WINDOW)
-        missing = self._store.missing_chunks(index)
-        random.shuffle(missing)  # So that devices that start together do not wait for the same chunk.
-        async with asyncio.TaskGroup() as group:
-            for sha256 in missing:
-                group.create_task(self._fetch_chunk(sha256, window))
-        self._store.assemble(index)
+        download = Download(self._store, index)
+        while not self._store.has(reference):
+            await self._fetch_chunks(download)
+            # Chunks that were damaged are missing now, and fetched again.
+            with contextlib.suppress(IncompleteContent):
+                await _to_the_end(download.finish)
 
     def deliver(self, topic: str, payload: bytes) -> None:
         """Take a message from an `index/` or `chunk/` topic; anything but what is awaited is dropped."""
         accepts, future = self._awaited.get(topic, (None, None))
-        if accepts and future and not future.done() and accepts(payload):
-            future.set_result(payload)
+        if accepts is None or future is None or future.done():
+            return
+        try:
+            if accepts(payload):
+                future.set_result(payload)
+        except OSError as error:  # As when the disk is full: it ends the fetch, and not the connection.
+            future.set_exception(error)
 
     async def _index(self, reference: BlobReference, chunk_size: int) -> BlobIndex:
         if reference.size <= chunk_size:
@@ -74,12 +81,18 @@ class ContentFetcher:
         topic = self._topics.index(reference.sha256)
         return decode(BlobIndex, await self._await(topic, reference.sha256, describes))
 
-    async def _fetch_chunk(self, sha256: str, window: asyncio.Semaphore) -> None:
-        async with window:
-            chunk = await self._await(
-                self._topics.chunk(sha256), sha256, lambda payload: sha256_of(payload) == sha256
-            )
-            self._store.put_chunk(sha256, chunk)
+    async def _fetch_chunks(self, download: Download) -> None:
+        window = asyncio.Semaphore(WINDOW)
+        missing = download.missing()
+        random.shuffle(missing)  # So that devices that start together do not wait for the same chunk.
+
+        async def fetch_chunk(sha256: str) -> None:
+            async with window:
+                await self._await(self._topics.chunk(sha256), sha256, partial(download.put, sha256))
+
+        async with asyncio.TaskGroup() as group:
+            for sha256 in missing:
+                group.create_task(fetch_chunk(sha256))
 
     async def _await(self, topic: str, sha256: str, accepts: Callable[[bytes], bool]) -> bytes:
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -96,3 +109,13 @@ class ContentFetcher:
         finally:
             self._connection.unsubscribe(topic)
             del self._awaited[topic]
+
+
+async def _to_the_end(function: Callable[[], None]) -> None:
+    """Call something slow in a thread, and leave it to nobody's future: its files may be wanted again at once."""
+    running = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.gather(running, return_exceptions=True)
+        raise

@@ -1,7 +1,9 @@
 """Content-addressed files and their chunks on disk.
 
 A file is named by its SHA-256 and is either whole and verified or not there: content is written beside its place,
-flushed and renamed. Chunks of an unfinished file wait in a folder of their own, so a transfer resumes after a restart.
+flushed and renamed. Chunks of an unfinished file wait in a folder of their own, so a transfer resumes after a restart. They
+are renamed into place too but not flushed, which a device with slow flash would feel at every chunk: what a power cut
+damages is found when the chunks are joined, and fetched again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from frostline.protocol.errors import CorruptContent
+from frostline.protocol.errors import CorruptContent, IncompleteContent, StorageExceeded
 from frostline.protocol.messages import BlobIndex, BlobReference
 
 
@@ -53,14 +55,19 @@ def chunk_length(index: BlobIndex, position: int) -> int:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, content, flush=True)
+    _flush_folder(path.parent)
+
+
+def _write(path: Path, content: bytes, *, flush: bool) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         Path(temporary).replace(path)
-        _flush_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
@@ -105,7 +112,7 @@ class BlobStore:
         return reference
 
     def read(self, reference: BlobReference) -> bytes:
-        """Return the content, verified.
+        """Return the content, verified; what is read stays longest when room is made.
 
         Raises
         ------
@@ -120,6 +127,8 @@ class BlobStore:
         if not _matches(content, reference):
             path.unlink(missing_ok=True)
             raise CorruptContent(f"{path}: does not match its hash; fetch or export it again")
+        with contextlib.suppress(OSError):  # An artifact's folder may be read-only.
+            os.utime(path)
         return content
 
     def missing_chunks(self, index: BlobIndex) -> list[str]:
@@ -136,15 +145,17 @@ class BlobStore:
         """
         if sha256_of(chunk) != sha256:
             raise CorruptContent(f"chunk {sha256[:12]} does not match its hash")
-        write_atomically(self._chunks / sha256, chunk)
+        _write(self._chunks / sha256, chunk, flush=False)
 
     def assemble(self, index: BlobIndex) -> Path:
         """Join the chunks of `index` into its file, verify it and drop the chunks.
 
         Raises
         ------
+        IncompleteContent
+            If a chunk is missing or damaged; the good ones stay.
         CorruptContent
-            If a chunk is missing, or the whole does not match the index's hash or size.
+            If the chunks are as the index names them and still not its content; all of them go.
         """
         paths = [self._chunks / h for h in index.chunks]
         try:
@@ -152,17 +163,15 @@ class BlobStore:
             fits = sum(path.stat().st_size for path in paths) == index.size
             content = b"".join(path.read_bytes() for path in paths) if fits else b""
         except FileNotFoundError:
-            raise CorruptContent(f"content {index.sha256[:12]}: a chunk is missing; fetch it again") from None
-        whole = _matches(content, index)
-        if whole:
-            # Written before the chunks go, so that a full disk or a crash does not undo the transfer.
-            write_atomically(self.path(index), content)
-        for path in set(paths):
-            path.unlink(missing_ok=True)
-        if not whole:
-            raise CorruptContent(
-                f"content {index.sha256[:12]} does not match its hash; it will be fetched again"
-            )
+            raise IncompleteContent(f"content {index.sha256[:12]}: a chunk is missing") from None
+        if not _matches(content, index):
+            if self._drop_damaged(index):
+                raise IncompleteContent(f"content {index.sha256[:12]}: a chunk was damaged on disk")
+            self.drop_chunks(index)
+            raise CorruptContent(f"content {index.sha256[:12]} does not match its hash")
+        # Written before the chunks go, so that a full disk or a crash does not undo the transfer.
+        write_atomically(self.path(index), content)
+        self.drop_chunks(index)
         return self.path(index)
 
     def remove(self, reference: BlobReference) -> None:
@@ -174,12 +183,49 @@ class BlobStore:
         for h in set(index.chunks):
             (self._chunks / h).unlink(missing_ok=True)
 
-    def keep_only(self, references: Iterable[BlobReference]) -> None:
-        """Drop all content but `references`; chunks stay."""
-        kept = {reference.sha256 for reference in references}
-        for path in self._folder.iterdir():
-            if path.is_file() and path.name not in kept:
-                path.unlink()
+    def unfinished_path(self, reference: BlobReference, what: str) -> Path:
+        """Where something of content that is still on its way may be kept; it counts when room is made."""
+        return self._folder / f"{reference.sha256}.{what}"
+
+    def adopt(self, reference: BlobReference, path: Path) -> None:
+        """Give a verified file of this folder its place."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        path.replace(self.path(reference))
+        _flush_folder(self._folder)
+
+    def make_room(self, quota: int, wanted: Iterable[BlobReference]) -> None:
+        """Drop what was used longest ago, and not what is `wanted`, until that fits into `quota` bytes with the rest.
+
+        Raises
+        ------
+        StorageExceeded
+            If it does not fit even alone.
+        """
+        references = {reference.sha256: reference for reference in wanted}
+        needed = sum(reference.size for reference in references.values())
+        if needed > quota:
+            raise StorageExceeded(
+                f"{needed} bytes of storage are needed, this device's quota is {quota}; raise its --storage"
+            )
+        others = [path for path in self._folder.rglob("*") if path.is_file() and path.stem not in references]
+        used = sum(path.stat().st_size for path in others)
+        for path in sorted(others, key=lambda path: path.stat().st_mtime_ns):
+            if used + needed <= quota:
+                return
+            used -= path.stat().st_size
+            path.unlink()
+
+    def _drop_damaged(self, index: BlobIndex) -> bool:
+        """Drop the chunks that are not what their names say; whether there were any."""
+        paths = [self._chunks / h for h in set(index.chunks)]
+        damaged = [path for path in paths if sha256_of(path.read_bytes()) != path.name]
+        for path in damaged:
+            path.unlink()
+        return bool(damaged)
 
     def clear(self) -> None:
         """Drop all content and chunks."""

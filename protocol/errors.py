@@ -31,5 +31,13 @@ class CorruptContent(RunError):
     """Content does not match its hash, its schema or its declared size."""
 
 
+class IncompleteContent(CorruptContent):
+    """Chunks of content are missing or were damaged on disk; the good ones are kept."""
+
+
+class StorageExceeded(RunError):
+    """Content does not fit what a device gives for storage."""
+
+
 class ProtocolViolation(FrostlineError):
     """A message from the network is malformed or not allowed; it is dropped, never acted on."""

@@ -240,6 +240,19 @@ def play(address: BrokerAddress, tmp_path: Path) -> Callable[[Script], None]:
     return play_script
 
 
+def test_a_stage_that_the_storage_cannot_hold_is_refused(play: Callable[[Script], None]) -> None:
+    async def script(scene: Scene) -> None:
+        scene.server.announce()
+        async with scene.agent(storage_bytes=1500):
+            scene.server.send(scene.server.lease())
+            ((answer, reason),) = await scene.answered()
+            assert answer == "refused"
+            assert "bytes of storage are needed, this device's quota is 1500; raise its --storage" in reason
+            assert scene.workers.tasks == []
+
+    play(script)
+
+
 def test_a_lease_is_fetched_trained_and_delivered(play: Callable[[Script], None]) -> None:
     async def script(scene: Scene) -> None:
         scene.server.announce()

@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 
 from frostline.device_runtime import fetching
+from frostline.device_runtime.download import Download
 from frostline.device_runtime.fetching import WINDOW, ContentFetcher
 from frostline.emulator.broker import EmbeddedBroker, find_mosquitto
 from frostline.protocol.blobs import BlobStore, index_of, sha256_of
@@ -276,7 +277,7 @@ def test_after_a_restart_only_missing_chunks_are_fetched(tmp_path: Path) -> None
         for topic in withheld:
             scene.broker.lose(topic, times=10**6)
         interrupted = asyncio.create_task(scene.fetcher.fetch(reference, CHUNK))
-        while len(scene.store.missing_chunks(index)) > len(withheld):
+        while len(Download(scene.store, index).missing()) > len(withheld):
             await asyncio.sleep(0.01)
         interrupted.cancel()
         await asyncio.gather(interrupted, return_exceptions=True)

@@ -125,7 +125,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outbox_module, "ANSWER_SECONDS", 0.02)
         patch.setattr(outbox_module, "UNKNOWN_SECONDS", 0.005)
-        patch.setattr(updates_module, "WAIT_SECONDS", 0.02)
+        patch.setattr(updates_module, "WAIT_SECONDS", (0.01, 0.02))
         yield
 
 

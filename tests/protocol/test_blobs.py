@@ -20,8 +20,8 @@ from frostline.protocol.blobs import (
     split_chunks,
     write_atomically,
 )
-from frostline.protocol.errors import CorruptContent
-from frostline.protocol.messages import BlobIndex
+from frostline.protocol.errors import CorruptContent, IncompleteContent, StorageExceeded
+from frostline.protocol.messages import BlobIndex, BlobReference
 
 CONTENT = bytes(range(256)) * 12
 CHUNK_SIZE = 1024
@@ -157,9 +157,11 @@ def test_one_chunk_named_many_times_is_not_read_many_times(
     index = BlobIndex(
         sha256="0" * 64, size=CHUNK_SIZE, chunk_size=CHUNK_SIZE, chunks=[sha256_of(chunk)] * 2**16
     )
-    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("read although the sizes do not fit"))
+    reads = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or chunk)  # type: ignore[func-returns-value]
     with pytest.raises(CorruptContent):
         store.assemble(index)
+    assert len(reads) == 1
 
 
 def test_a_missing_chunk_is_corrupt_and_the_others_stay(store: BlobStore) -> None:
@@ -174,8 +176,16 @@ def fail_with_full_disk(*arguments: Any, **options: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("step", ["replace", "fsync"])
-@pytest.mark.parametrize("action", ["put", "put_chunk", "write_atomically"])
+@pytest.mark.parametrize(
+    ("action", "step"),
+    [
+        ("put", "replace"),
+        ("put", "fsync"),
+        ("put_chunk", "replace"),
+        ("write_atomically", "replace"),
+        ("write_atomically", "fsync"),
+    ],
+)
 def test_an_interrupted_write_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, action: str
 ) -> None:
@@ -238,6 +248,57 @@ def test_content_is_on_disk_before_it_is_in_place(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "replace", note_replace)
     write_atomically(tmp_path / "file", b"content")
     assert steps == ["fsync", "replace", "fsync"]
+
+
+def test_a_chunk_damaged_on_disk_is_dropped_and_the_others_stay(store: BlobStore, tmp_path: Path) -> None:
+    index = index_of(DIFFERING, CHUNK_SIZE)
+    put_all(store, DIFFERING, CHUNK_SIZE)
+    # A power cut may leave a file of the right length that was never written.
+    (tmp_path / "chunks" / index.chunks[1]).write_bytes(bytes([7]) * CHUNK_SIZE)
+    with pytest.raises(IncompleteContent, match="damaged"):
+        store.assemble(index)
+    assert store.missing_chunks(index) == [index.chunks[1]]
+    put_all(store, DIFFERING, CHUNK_SIZE)
+    assert store.assemble(index).read_bytes() == DIFFERING
+
+
+def aged(store: BlobStore, *contents: bytes) -> list[BlobReference]:
+    """The contents in the store, the first one used longest ago."""
+    references = [store.put(content) for content in contents]
+    for age, reference in enumerate(references):
+        os.utime(store.path(reference), (age, age))
+    return references
+
+
+def test_room_is_made_by_dropping_what_was_used_longest_ago(store: BlobStore) -> None:
+    oldest, old, recent = aged(store, b"a" * 100, b"b" * 100, b"c" * 100)
+    store.read(oldest)
+    wanted = reference_to(b"d" * 50)
+    store.make_room(350, [wanted])
+    assert all(map(store.has, [oldest, old, recent])), "300 are here, and the 50 that are wanted fit as well"
+    store.make_room(349, [wanted])
+    assert [store.has(reference) for reference in (oldest, old, recent)] == [True, False, True]
+
+
+def test_room_is_made_of_chunks_that_nobody_came_back_for(store: BlobStore) -> None:
+    index = index_of(DIFFERING, CHUNK_SIZE)
+    put_all(store, DIFFERING, CHUNK_SIZE)
+    store.make_room(len(DIFFERING), [reference_to(b"d")])
+    assert len(store.missing_chunks(index)) == 1
+
+
+def test_what_is_wanted_stays_and_what_never_fits_is_refused(store: BlobStore) -> None:
+    (here,) = aged(store, b"a" * 100)
+    wanted = [here, reference_to(b"d" * 50)]
+    on_its_way = store.unfinished_path(wanted[1], "content")
+    on_its_way.write_bytes(b"d" * 10)
+    store.make_room(150, wanted)
+    assert store.has(here) and on_its_way.exists()
+    with pytest.raises(StorageExceeded, match="150 bytes of storage are needed, this device's quota is 149"):
+        store.make_room(149, wanted)
+    assert store.has(here)
+    store.make_room(100, [here])
+    assert not on_its_way.exists()
 
 
 def flipped(content: bytes, bit: int) -> bytes:

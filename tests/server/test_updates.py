@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from frostline.protocol.blobs import BlobStore, index_of, split_chunks
 from frostline.protocol.messages import Receipt, TrainingMetrics, UpdateOffer
-from frostline.server.updates import UPLOAD_SLOTS, WAIT_SECONDS, WINDOW, UpdateReceiver
+from frostline.server.updates import STORAGE_SECONDS, UPLOAD_SLOTS, WAIT_SECONDS, WINDOW, UpdateReceiver
 
 CHUNK = 1024
 METRICS = TrainingMetrics(samples=1, steps=1, loss=0.5, seconds=1.0)
@@ -48,6 +50,16 @@ def store(tmp_path: Path) -> BlobStore:
 @pytest.fixture
 def receiver(store: BlobStore, judge: FakeJudge) -> UpdateReceiver:
     return UpdateReceiver(store, judge)
+
+
+class Clock:
+    """Time as a test tells it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def offer_of(content: bytes, update: str = UPDATE, lease: str = "1" * 32) -> UpdateOffer:
@@ -184,10 +196,70 @@ def occupy_all_slots(receiver: UpdateReceiver) -> None:
 def test_with_all_slots_taken_a_device_waits(receiver: UpdateReceiver) -> None:
     occupy_all_slots(receiver)
     late = offer_of(os.urandom(2 * CHUNK))
-    expected = Receipt(update=UPDATE, state="wait", retry_seconds=WAIT_SECONDS)
-    assert receiver.on_offer("late", late) == expected
+    assert receiver.on_offer("late", late).state == "wait"
     receiver.forget()
     assert receiver.on_offer("late", late).state == "have"
+
+
+def test_devices_that_wait_come_back_one_after_the_other_at_the_pace_of_the_uploads(
+    store: BlobStore, judge: FakeJudge
+) -> None:
+    clock = Clock()
+    receiver = UpdateReceiver(store, judge, clock)
+    occupy_all_slots(receiver)
+    late = [receiver.on_offer(f"late-{n}", offer_of(os.urandom(CHUNK), f"{n:031x}f")) for n in range(2000)]
+    waits = [receipt.retry_seconds for receipt in late]
+    assert waits == sorted(waits)
+    assert waits[100] - waits[99] == pytest.approx(1 / UPLOAD_SLOTS)
+    assert waits[0] >= WAIT_SECONDS[0] and waits[-1] == WAIT_SECONDS[1]
+
+    clock.now = 200.0
+    for _ in range(50):
+        receiver.on_offer("device-0", offer_of(b"content", os.urandom(16).hex()))
+        clock.now += 0.1
+        receiver.on_chunk("device-0", receiver._open["device-0"].offer.update, 0, b"content")
+        receiver.on_offer("device-0", offer_of(os.urandom(2 * CHUNK), os.urandom(16).hex()))
+    late = [receiver.on_offer(f"later-{n}", offer_of(os.urandom(CHUNK), f"{n:031x}e")) for n in range(100)]
+    assert late[-1].retry_seconds == pytest.approx(100 * 0.1 / UPLOAD_SLOTS, rel=0.01)
+
+
+@pytest.mark.parametrize("step", ["put_chunk", "assemble"])
+def test_a_full_disk_makes_a_device_wait_and_loses_nothing(
+    receiver: UpdateReceiver,
+    store: BlobStore,
+    judge: FakeJudge,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    offer = offer_of(b"content")
+    receiver.on_offer("device", offer)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, step, fail)
+        answer = receiver.on_chunk("device", UPDATE, 0, b"content")
+    assert answer == Receipt(update=UPDATE, state="wait", retry_seconds=STORAGE_SECONDS)
+    again = receiver.on_offer("device", offer)
+    if again.state == "have":
+        again = receiver.on_chunk("device", UPDATE, 0, b"content") or again
+    assert again.state == "done"
+    assert judge.counted == {UPDATE: b"content"}
+
+
+def test_a_chunk_damaged_by_a_power_cut_is_asked_for_again(
+    receiver: UpdateReceiver, store: BlobStore, judge: FakeJudge, tmp_path: Path
+) -> None:
+    content = os.urandom(2 * CHUNK)
+    offer = offer_of(content)
+    receiver.on_offer("device", offer)
+    receiver.on_chunk("device", UPDATE, 0, content[:CHUNK])
+    (tmp_path / "chunks" / offer.content.chunks[0]).write_bytes(bytes(CHUNK))
+    answer = receiver.on_chunk("device", UPDATE, 1, content[CHUNK:])
+    assert answer == Receipt(update=UPDATE, state="have", have=[1], window=WINDOW)
+    answer = receiver.on_chunk("device", UPDATE, 0, content[:CHUNK])
+    assert answer == Receipt(update=UPDATE, state="done")
+    assert judge.counted == {UPDATE: content}
 
 
 def test_a_finished_upload_frees_its_slot(receiver: UpdateReceiver) -> None:

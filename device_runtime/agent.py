@@ -127,6 +127,7 @@ class Agent:
         self._run: RunAnnouncement | None = None
         self._work: asyncio.Queue[Lease] = asyncio.Queue()
         self._taken: set[str] = set()
+        self._accepted = ""
         self._saw_open = False
         self._over = asyncio.Event()
 
@@ -196,10 +197,12 @@ class Agent:
             self._over.set()
 
     def _on_lease(self, lease: Lease) -> None:
-        # The server repeats a lease to a device that came back; one that is taken needs no second copy.
+        # The server repeats a lease to a device that came back or did not answer; one that is taken needs no second copy.
         if lease.lease not in self._taken:
             self._taken.add(lease.lease)
             self._work.put_nowait(lease)
+        elif lease.lease == self._accepted:
+            self._answer(lease.lease, "accepted")
 
     def _announce(self) -> None:
         asked = self._run is not None and self._run.asks_class_counts
@@ -236,6 +239,7 @@ class Agent:
             self._store.make_room(self._settings.storage_bytes, content)
         except StorageExceeded as error:
             raise _Refused(str(error)) from None
+        self._accepted = lease.lease
         self._answer(lease.lease, "accepted")
         for reference in content:
             await self._fetcher.fetch(reference, run.chunk_size)

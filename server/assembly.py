@@ -102,8 +102,10 @@ def assemble(
     schedule = _schedule(config, spec, options, test)
     if resume:
         folder = _open_unfinished(out, config)
+        folder.lock()
     else:
         folder = RunFolder.create(out)
+        folder.lock()
         folder.write_config(config_text)
     return Run(config, config_text, folder, schedule, address, observer)
 

@@ -29,6 +29,9 @@ from frostline.server.run_folder import RunFolder
 from frostline.server.schedule import Schedule
 from frostline.server.snapshots import read_arrays, store_arrays
 
+FORGIVE_SECONDS = 5.0
+"""How long a round that is short of updates waits before it asks devices again that gave nothing."""
+
 
 class RunObserver:
     """Told how a run goes; subclasses show it to a person. Does nothing by itself."""
@@ -300,12 +303,12 @@ class Coordinator:
 
     async def _collect(self, current: Round, plan: RoundPlan, index: int) -> None:
         """Run the round, again if need be, until it has the updates it needs."""
-        waiting_since = _now()
+        waiting_since = forgiven = _now()
         while True:
             order = self._selection.order(plan)
-            asked = current.asked
+            before = current.asked, len(current.metrics)
             await current.run(iter(order))
-            if current.asked > asked:
+            if (current.asked, len(current.metrics)) != before:
                 waiting_since = _now()
             if len(current.metrics) >= self._config.rounds.minimum_updates:
                 return
@@ -313,6 +316,10 @@ class Coordinator:
                 explained = asyncio.to_thread(self._explain_shortage, index, len(order), len(current.metrics))
                 raise RunError(await explained)
             await wait_for_change(self._fleet.changed)
+            if _now() - forgiven >= FORGIVE_SECONDS:
+                # Whoever failed may be all there is, and may have mended what was wrong.
+                forgiven = _now()
+                current.forgive()
 
     def _explain_shortage(self, index: int, eligible: int, returned: int) -> str:
         online = self._online()

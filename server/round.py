@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import CorruptContent
@@ -23,6 +24,9 @@ from frostline.server.ledger import AcceptedUpdate, Ledger
 OFFLINE_GRACE_SECONDS = 10.0
 """How long a device with a lease may be gone before another takes its place."""
 TICK_SECONDS = 0.5
+REPEAT_SECONDS = 5.0
+"""How long a device may leave a lease unanswered before it is sent again, and then twice as long each time: that a broker
+took a message does not mean that it came."""
 
 
 @dataclass
@@ -32,6 +36,12 @@ class _OpenLease:
     sent: float
     session: str
     offer: OfferedStage
+    patience: float = field(default_factory=lambda: REPEAT_SECONDS)
+    repeat_at: float = math.inf
+
+    def wait_for_answer(self, now: float) -> None:
+        """Note that it was sent just now."""
+        self.repeat_at, self.patience = now + self.patience, 2 * self.patience
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class RoundPlan:
 class Round:
     """Leases one stage to a number of devices and folds in what they return; each device at most once.
 
-    A lease that is refused, fails, expires or belongs to a vanished device goes to the next candidate. Updates of
+    A lease that is refused, fails, expires or belongs to a vanished device goes to the next candidate; the device itself is
+    asked again only if it is forgiven. Updates of
     settled leases are rejected: a late update is dropped, never half-counted.
     """
 
@@ -89,6 +100,8 @@ class Round:
         self._encoding = config.updates.encoding
         self._open: dict[str, _OpenLease] = {}
         self._asked: set[str] = set()
+        self._barred: set[str] = set()
+        self._gave_nothing: set[str] = set()
         self.metrics: list[TrainingMetrics] = []
         self.bytes_up = 0
         self.accepted_by: list[str] = []
@@ -100,6 +113,11 @@ class Round:
     def asked(self) -> int:
         """How many devices were given a lease."""
         return len(self._asked)
+
+    def forgive(self) -> None:
+        """Let devices that failed, refused or were too late be asked once more, for a round that has nobody else."""
+        self._barred -= self._gave_nothing
+        self._gave_nothing.clear()
 
     async def run(self, candidates: Iterator[str]) -> None:
         """Ask candidates in order until enough have returned an update or none is left to ask."""
@@ -132,6 +150,7 @@ class Round:
         if lease is None or lease.device != device:
             return
         if answer.answer == "accepted":
+            lease.repeat_at = math.inf
             if device not in self.accepted_by:
                 self.accepted_by.append(device)
         else:
@@ -145,7 +164,7 @@ class Round:
         for lease in self._open.values():
             if lease.device == device and lease.session != record.presence.session:
                 lease.session = record.presence.session
-                self._fleet.send_lease(device, lease.message)
+                self._send(lease)
 
     def is_counted(self, update: str) -> bool:
         """Whether the update was counted before."""
@@ -211,6 +230,7 @@ class Round:
             if row.state in ("open", "done"):
                 # A device that failed may be asked again: after a restart it deserves another try.
                 self._asked.add(row.device)
+                self._barred.add(row.device)
             if row.state == "open":
                 # The device may have lost it or hold a finished update for it; an empty session repeats it.
                 offer = self._variant_for(row.device)
@@ -224,14 +244,19 @@ class Round:
 
     def _ask(self, device: str) -> None:
         offer = self._variant_for(device)
-        if device in self._asked or offer is None:
+        if device in self._barred or offer is None:
             return
         lease = os.urandom(16).hex()
         session = self._fleet.devices[device].presence.session
         self._asked.add(device)
+        self._barred.add(device)
         self._open[lease] = self._lease(lease, device, offer, session)
         self._ledger.add_lease(lease, self._plan.number, device, offer.width)
-        self._fleet.send_lease(device, self._open[lease].message)
+        self._send(self._open[lease])
+
+    def _send(self, lease: _OpenLease) -> None:
+        lease.wait_for_answer(asyncio.get_running_loop().time())
+        self._fleet.send_lease(lease.device, lease.message)
 
     def _variant_for(self, device: str) -> OfferedStage | None:
         record = self._fleet.devices.get(device)
@@ -267,11 +292,14 @@ class Round:
                 and now - record.offline_since > OFFLINE_GRACE_SECONDS
             ):
                 self._settle(lease, "expired", "the device went offline")
+            elif now >= held.repeat_at:
+                self._send(held)
 
     def _settle(self, lease: str, state: str, reason: str) -> None:
         held = self._open.pop(lease)
         self._ledger.settle_lease(lease, state, reason)
         if state != "surplus":
+            self._gave_nothing.add(held.device)
             self.notes.append(f"{held.device}: {state}: {reason}")
 
 

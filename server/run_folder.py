@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
 
+from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from frostline.protocol.errors import CorruptContent, RunError, UsageError
@@ -31,6 +32,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._scalars: _Scalars | None = None
+        self._lock: BaseFileLock | None = None
 
     @classmethod
     def create(cls, path: Path | str) -> Self:
@@ -108,6 +110,23 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def lock(self) -> None:
+        """Keep other servers out until `close`; a killed process keeps nobody out.
+
+        Raises
+        ------
+        UsageError
+            If a server is at work here.
+        """
+        self._lock = FileLock(self.path / "lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            self._lock = None
+            raise UsageError(
+                f"Run folder {self.path} is in use: another server is training this run; wait for it, or stop it."
+            ) from None
 
     @property
     def config_path(self) -> Path:
@@ -255,7 +274,10 @@ class RunFolder:
         return found
 
     def close(self) -> None:
-        """Close the TensorBoard file; recording again opens another."""
+        """Close the TensorBoard file, which recording opens again, and let another server in."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
         if self._scalars is not None:
             self._scalars.close()
             self._scalars = None

@@ -240,6 +240,20 @@ def play(address: BrokerAddress, tmp_path: Path) -> Callable[[Script], None]:
     return play_script
 
 
+def test_a_lease_repeated_while_it_is_worked_on_is_answered_again(play: Callable[[Script], None]) -> None:
+    async def script(scene: Scene) -> None:
+        scene.server.announce()
+        scene.workers.behave = lambda: asyncio.sleep(60)
+        async with scene.agent():
+            lease = scene.server.send(scene.server.lease())
+            await until(lambda: scene.workers.tasks)
+            scene.server.send(lease)
+            assert await scene.answered(2) == [("accepted", "")] * 2
+            assert len(scene.workers.tasks) == 1
+
+    play(script)
+
+
 def test_a_stage_that_the_storage_cannot_hold_is_refused(play: Callable[[Script], None]) -> None:
     async def script(scene: Scene) -> None:
         scene.server.announce()

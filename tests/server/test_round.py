@@ -267,6 +267,29 @@ def test_a_device_is_asked_at_most_once_a_round(tmp_path: Path) -> None:
     asyncio.run(play())
 
 
+def test_a_device_that_failed_is_asked_again_only_when_it_is_forgiven(tmp_path: Path) -> None:
+    def fail_once(fleet: Fleet, device: str, lease: Lease) -> None:
+        (answer("failed") if fleet.asked.count(device) == 1 else finish)(fleet, device, lease)
+
+    async def play() -> None:
+        fleet = Fleet(tmp_path, {NAMES[0]: fail_once})
+        fleet.join(*NAMES[:2])
+        current = fleet.round(devices=2)
+        await current.run(iter(NAMES))
+        await current.run(iter(NAMES))
+        assert fleet.asked == NAMES[:2]
+        current.forgive()
+        await current.run(iter(NAMES))
+        assert fleet.asked == [*NAMES[:2], NAMES[0]]
+        assert (current.asked, len(current.metrics)) == (2, 2)
+        assert sorted(row.state for row in fleet.ledger.leases(0)) == ["done", "done", "failed"]
+        current.forgive()
+        await current.run(iter(NAMES))
+        assert len(fleet.asked) == 3
+
+    asyncio.run(play())
+
+
 def test_a_device_that_cannot_train_the_stage_any_more_is_passed_over(tmp_path: Path) -> None:
     async def play() -> None:
         fleet = Fleet(tmp_path)
@@ -465,6 +488,25 @@ def test_a_round_can_be_cancelled_in_the_turn_in_which_a_message_comes(tmp_path:
         _, running = await asyncio.wait([task], timeout=1)
         assert not running
         assert fleet.listener is None
+
+    asyncio.run(play())
+
+
+def test_a_lease_is_repeated_until_it_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_module, "REPEAT_SECONDS", 0.02)
+
+    def hear_the_third(fleet: Fleet, device: str, lease: Lease) -> None:
+        if fleet.asked.count(device) == 3:
+            answer("accepted")(fleet, device, lease)
+
+    async def play() -> None:
+        fleet = Fleet(tmp_path, {NAMES[0]: hear_the_third})
+        fleet.join(NAMES[0])
+        task = await start(fleet.round(devices=1), NAMES[:1])
+        await asyncio.sleep(0.3)
+        assert fleet.asked == NAMES[:1] * 3
+        assert len({lease.lease for _, lease in fleet.leases}) == 1
+        await stop(task)
 
     asyncio.run(play())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,33 @@ def test_paths_are_inside_the_folder(tmp_path: Path) -> None:
 def test_impossible_records_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         round_record(0, **changes)
+
+
+def test_a_run_has_one_server_at_a_time(tmp_path: Path) -> None:
+    first = RunFolder.create(tmp_path / "run")
+    first.lock()
+    second = RunFolder.open(tmp_path / "run")
+    with pytest.raises(UsageError, match="is in use: another server is training this run"):
+        second.lock()
+    first.close()
+    second.lock()
+    second.close()
+
+
+def test_a_killed_server_keeps_nobody_out(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run").close()
+    program = (
+        "import sys, time; from frostline.server.run_folder import RunFolder; folder = RunFolder.open(sys.argv[1]);"
+        "folder.lock(); print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "run"], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        folder = RunFolder.open(tmp_path / "run")
+        with pytest.raises(UsageError, match="is in use"):
+            folder.lock()
+        process.kill()
+    folder.lock()
+    folder.close()

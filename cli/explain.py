@@ -28,7 +28,8 @@ def explain(
 
     from frostline.protocol.errors import UsageError
     from frostline.protocol.sizes import format_size
-    from frostline.server.ledger import Ledger, sqlite_url
+    from frostline.server.config import load_config
+    from frostline.server.ledger import open_ledger
     from frostline.server.run_folder import RunFolder
 
     folder = RunFolder.open(run)
@@ -36,7 +37,8 @@ def explain(
     if selection is None:
         rounds = len(folder.records())
         raise UsageError(f"{run} has no round {number}: it has {rounds}")
-    ledger = Ledger(sqlite_url(folder.ledger_path))
+    config, _ = load_config(folder.config_path)
+    ledger = open_ledger(config.ledger.url, folder.ledger_path)
     try:
         ends = {lease.device: (lease.state, lease.reason) for lease in ledger.leases(selection.round)}
     finally:

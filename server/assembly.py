@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from frostline.server.config import RunConfig, parse_config
 from frostline.server.coordinator import Coordinator, RunObserver
 from frostline.server.fleet import Fleet
 from frostline.server.gateway import Gateway
-from frostline.server.ledger import Ledger, sqlite_url
+from frostline.server.ledger import Ledger, open_ledger, postgresql_url
 from frostline.server.run_folder import RunFolder
 from frostline.server.schedule import GrowingSchedule, Schedule
 from frostline.server.width_scaling import WidthSchedule
@@ -50,7 +51,10 @@ class Run:
             updates = BlobStore(self.folder.updates_dir)
             chunk_size = self.config.broker.chunk_size
             fleet = Gateway(self.address, Topics(self.config.run.fleet), chunk_size, updates)
-        return Coordinator(self.config, self.config_text, self.folder, self.schedule, fleet, self.observer)
+        ledger = open_ledger(self.config.ledger.url, self.folder.ledger_path)
+        return Coordinator(
+            self.config, self.config_text, self.folder, ledger, self.schedule, fleet, self.observer
+        )
 
 
 def assemble(
@@ -104,6 +108,7 @@ def assemble(
         folder = _open_unfinished(out, config)
         folder.lock()
     else:
+        _check_unused(config)
         folder = RunFolder.create(out)
         folder.lock()
         folder.write_config(config_text)
@@ -179,13 +184,21 @@ def _open_unfinished(out: Path, config: RunConfig) -> RunFolder:
             raise UsageError(
                 f"[{table}] differs from {folder.config_path}, which the run began with; resume it with that file"
             )
-    ledger = Ledger(sqlite_url(folder.ledger_path))
-    try:
+    with closing(open_ledger(config.ledger.url, folder.ledger_path)) as ledger:
         if ledger.finished():
             raise UsageError(f"the run in {out} is finished: its results are in {folder.report_path.name}")
-    finally:
-        ledger.close()
     return folder
+
+
+def _check_unused(config: RunConfig) -> None:
+    """A database holds one run; a new one must not go on with another's."""
+    if config.ledger.url:
+        with closing(Ledger(postgresql_url(config.ledger.url))) as ledger:
+            if ledger.holds_run():
+                raise UsageError(
+                    f"ledger.url = {config.ledger.url!r}: the database holds a run; go on with it by --resume, or give "
+                    "this one a database of its own"
+                )
 
 
 def broker_address(config: RunConfig, url: str | None = None) -> BrokerAddress:

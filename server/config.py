@@ -224,6 +224,15 @@ class BrokerTable(_Table):
     chunk_size: Annotated[int, Field(ge=1024, le=8 * 2**20)] = 65_536
 
 
+class LedgerTable(_Table):
+    """`[ledger]`: where the run's journal is: a SQLite file in its folder, or a PostgreSQL database of its own.
+
+    `url` is such as "postgresql://user@host/database"; a password belongs into PGPASSWORD or ~/.pgpass.
+    """
+
+    url: str = ""
+
+
 class FleetTable(_Table):
     """`[fleet]`: the virtual devices of `frostline emulate`; a server with real devices ignores it.
 
@@ -279,6 +288,7 @@ class RunConfig(_Table):
     pace: PaceTable = PaceTable()
     updates: UpdatesTable = UpdatesTable()
     broker: BrokerTable = BrokerTable()
+    ledger: LedgerTable = LedgerTable()
     fleet: FleetTable = FleetTable()
     simulation: SimulationTable = SimulationTable()
 

@@ -18,7 +18,7 @@ from frostline.server.aggregation import Aggregator, narrowed
 from frostline.server.config import RunConfig
 from frostline.server.final_model import write_final_model
 from frostline.server.fleet import Fleet
-from frostline.server.ledger import Ledger, sqlite_url
+from frostline.server.ledger import Ledger
 from frostline.server.offering import StageOffers
 from frostline.server.pace import PaceController, PaceReading
 from frostline.server.records import RoundRecord, RunSummary, StageRecord
@@ -67,7 +67,9 @@ class Coordinator:
     config, config_text : RunConfig, str
         The run, and the text it was read from, which is kept with the results.
     folder : RunFolder
-        Where everything is written; its ledger may hold a run to go on with.
+        Where everything is written.
+    ledger : Ledger
+        The run's journal, which may hold a run to go on with; closed when the run ends.
     schedule : Schedule
         The model's stages.
     fleet : Fleet
@@ -79,6 +81,7 @@ class Coordinator:
         config: RunConfig,
         config_text: str,
         folder: RunFolder,
+        ledger: Ledger,
         schedule: Schedule,
         fleet: Fleet,
         observer: RunObserver,
@@ -88,7 +91,7 @@ class Coordinator:
         self._folder = folder
         self._schedule = schedule
         self._observer = observer
-        self._ledger = Ledger(sqlite_url(folder.ledger_path))
+        self._ledger = ledger
         self._weights = BlobStore(folder.weights_dir)
         self._updates = BlobStore(folder.updates_dir)
         self._fleet = fleet

@@ -6,7 +6,7 @@ import asyncio
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.connection import BrokerAddress, Connection
-from frostline.protocol.errors import ProtocolViolation
+from frostline.protocol.errors import ProtocolViolation, RunError
 from frostline.protocol.messages import (
     Answer,
     ContentRequest,
@@ -83,6 +83,9 @@ class Gateway:
             self._handle(self._topics.parse(topic), payload)
         except ProtocolViolation:
             self.violations += 1
+        except RunError:
+            # The round ends with it; a device that hears nothing offers its update again to the server that resumes.
+            pass
         self.changed.set()
 
     def _handle(self, received: Received, payload: bytes) -> None:

@@ -1,21 +1,29 @@
 """The journal of a run, in SQLite by default: what was decided is on disk before anyone is told.
 
-Each method is one transaction. PostgreSQL or another database is a URL away.
+Each method is one transaction. A run has a file of its own, or a database of its own on a PostgreSQL server.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, ForeignKey, create_engine, event, inspect, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from frostline.protocol.errors import UsageError
+from frostline.protocol.errors import RunError, UsageError
 from frostline.protocol.manifest import PlannedMemory
 from frostline.protocol.messages import BlobReference, TrainingMetrics
+
+
+class LedgerUnavailable(RunError):
+    """The ledger's database cannot be reached, or its disk is full."""
 
 
 class _Base(DeclarativeBase):
@@ -103,21 +111,80 @@ def sqlite_url(path: Path) -> URL:
     return URL.create("sqlite", database=str(path.absolute()))
 
 
-class Ledger:
-    """The journal behind a database URL, such as `sqlite_url` or `postgresql+psycopg://host/name`.
+def postgresql_url(text: str) -> URL:
+    """Parse `postgresql://user@host/database`.
 
     Raises
     ------
     UsageError
-        If the database holds the ledger of another version.
+        If it is none, or holds a password: it would be copied into the run's folder.
+    """
+    example = "use postgresql://user@host/database"
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise UsageError(f"ledger.url = {text!r}: not a database's URL; {example}") from None
+    if url.drivername != "postgresql" or not url.database:
+        raise UsageError(
+            f"ledger.url = {url.render_as_string()!r}: not a PostgreSQL database's URL; {example}"
+        )
+    if url.password is not None:
+        raise UsageError("ledger.url: leave the password out; set PGPASSWORD, or put it into ~/.pgpass")
+    return url.set(drivername="postgresql+psycopg")
+
+
+class Ledger:
+    """The journal behind a database URL: that of `sqlite_url` or of `postgresql_url`.
+
+    Every method raises `LedgerUnavailable` if the database cannot be reached or written to. Whether its transaction took
+    place is not known then, except after a restart.
+
+    Raises
+    ------
+    UsageError
+        If the database holds the ledger of another version, or what it takes to reach it is not installed.
+    LedgerUnavailable
+        If it cannot be reached.
     """
 
     def __init__(self, url: URL | str) -> None:
-        self._engine = create_engine(url)
+        try:
+            # A database that was restarted meanwhile is connected to anew.
+            self._engine = create_engine(url, pool_pre_ping=True)
+        except (ModuleNotFoundError, NoSuchModuleError) as error:
+            raise UsageError(f"ledger.url: {error}: pip install 'frostline[postgresql]'") from None
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
-        self._check_columns()
-        _Base.metadata.create_all(self._engine)
+        with self._reachable():
+            self._check_columns()
+            _Base.metadata.create_all(self._engine)
+
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            reason = " ".join(str(error.orig).split())
+            raise LedgerUnavailable(
+                f"the ledger {self._engine.url.render_as_string()}: {reason}; mend that and go on with --resume"
+            ) from error
+
+    @contextmanager
+    def _read(self) -> Iterator[Session]:
+        with self._reachable(), Session(self._engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def _write(self) -> Iterator[Session]:
+        with self._read() as session, session.begin():
+            yield session
+
+    def holds_run(self) -> bool:
+        """Whether a run began here."""
+        with self._read() as session:
+            return session.scalar(select(RunRow)) is not None
 
     def _check_columns(self) -> None:
         found = inspect(self._engine)
@@ -139,7 +206,7 @@ class Ledger:
 
     def run(self) -> str:
         """The run's identifier, made on first use."""
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             row = session.scalar(select(RunRow))
             if row is None:
                 row = RunRow(run=os.urandom(16).hex(), state="open")
@@ -148,18 +215,18 @@ class Ledger:
 
     def finished(self) -> bool:
         """Whether the run ended well."""
-        with Session(self._engine) as session:
+        with self._read() as session:
             row = session.scalar(select(RunRow))
             return row is not None and row.state == "finished"
 
     def finish(self) -> None:
         """Record that the run ended well."""
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             session.scalars(select(RunRow)).one().state = "finished"
 
     def begin_stage(self, stage: int, name: str) -> StageRow:
         """Record that a stage began, or return what is known of it."""
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with self._write() as session:
             row = session.get(StageRow, stage)
             if row is None:
                 row = StageRow(stage=stage, name=name, rounds=0)
@@ -168,7 +235,7 @@ class Ledger:
 
     def freeze_stage(self, stage: int, frozen_by: str, result: BlobReference, planned: PlannedMemory) -> None:
         """Record that a stage's block is frozen with the weights `result`, trained in forms of at most `planned`."""
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             row = session.get_one(StageRow, stage)
             row.frozen_by, row.result = frozen_by, result.model_dump_json()
             row.planned = planned.model_dump_json()
@@ -178,7 +245,7 @@ class Ledger:
 
         All go on from the weights they had, but are watched as if they were new.
         """
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             session.get_one(StageRow, stage).reopened = True
             for row in session.scalars(select(StageRow).where(StageRow.stage >= stage)):
                 row.frozen_by = row.result = None
@@ -188,31 +255,31 @@ class Ledger:
 
     def last_round(self, stage: int) -> RoundRow | None:
         """The latest round of a stage."""
-        with Session(self._engine, expire_on_commit=False) as session:
+        with self._read() as session:
             query = select(RoundRow).where(RoundRow.stage == stage).order_by(RoundRow.number.desc())
             return session.scalar(query.limit(1))
 
     def last_pace(self, stage: int) -> BlobReference | None:
         """The pace controller's snapshot after the latest closed round of a stage."""
-        with Session(self._engine) as session:
+        with self._read() as session:
             query = select(RoundRow.pace).where(RoundRow.stage == stage, RoundRow.pace.is_not(None))
             found = session.scalar(query.order_by(RoundRow.number.desc()).limit(1))
             return BlobReference.model_validate_json(found) if found else None
 
     def rounds(self) -> int:
         """How many rounds have been closed in all."""
-        with Session(self._engine) as session:
+        with self._read() as session:
             return len(session.scalars(select(RoundRow.number).where(RoundRow.result.is_not(None))).all())
 
     def open_round(self, number: int, stage: int, weights: BlobReference) -> None:
         """Record that a round began from `weights`; nothing happens if it is known."""
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             if session.get(RoundRow, number) is None:
                 session.add(RoundRow(number=number, stage=stage, weights=weights.model_dump_json()))
 
     def close_round(self, number: int, result: BlobReference, pace: BlobReference) -> None:
         """Record what a round ended with, and settle the leases still open."""
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             row = session.get_one(RoundRow, number)
             row.result, row.pace = result.model_dump_json(), pace.model_dump_json()
             session.get_one(StageRow, row.stage).rounds += 1
@@ -223,25 +290,25 @@ class Ledger:
 
     def add_lease(self, lease: str, number: int, device: str, width: float = 1.0) -> None:
         """Record a lease before it is sent."""
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             session.add(LeaseRow(lease=lease, round=number, device=device, state="open", width=width))
 
     def settle_lease(self, lease: str, state: str, reason: str = "") -> None:
         """Record how a lease ended."""
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             row = session.get_one(LeaseRow, lease)
             row.state, row.reason = state, reason
 
     def leases(self, number: int) -> list[LeaseRow]:
         """All leases of a round."""
-        with Session(self._engine, expire_on_commit=False) as session:
+        with self._read() as session:
             return list(
                 session.scalars(select(LeaseRow).where(LeaseRow.round == number).order_by(LeaseRow.lease))
             )
 
     def add_update(self, accepted: AcceptedUpdate, number: int) -> None:
         """Record an update and settle its lease, in one transaction, before it is acknowledged."""
-        with Session(self._engine) as session, session.begin():
+        with self._write() as session:
             session.add(
                 UpdateRow(
                     update=accepted.update,
@@ -257,12 +324,12 @@ class Ledger:
 
     def has_update(self, update: str) -> bool:
         """Whether an update was counted."""
-        with Session(self._engine) as session:
+        with self._read() as session:
             return session.get(UpdateRow, update) is not None
 
     def updates(self, number: int) -> list[AcceptedUpdate]:
         """The updates counted in a round, in a fixed order."""
-        with Session(self._engine) as session:
+        with self._read() as session:
             query = select(UpdateRow).where(UpdateRow.round == number).order_by(UpdateRow.update)
             return [
                 AcceptedUpdate(
@@ -275,6 +342,19 @@ class Ledger:
                 )
                 for row in session.scalars(query)
             ]
+
+
+def open_ledger(url: str, path: Path) -> Ledger:
+    """The journal of a run: at the configuration's `ledger.url`, or where that is empty, in the file `path`.
+
+    Raises
+    ------
+    UsageError
+        If the URL cannot be used.
+    LedgerUnavailable
+        If the database cannot be reached.
+    """
+    return Ledger(postgresql_url(url) if url else sqlite_url(path))
 
 
 def _configure_sqlite(connection: Any, record: Any) -> None:

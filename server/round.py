@@ -19,7 +19,7 @@ from frostline.server.aggregation import Aggregator
 from frostline.server.config import RunConfig
 from frostline.server.fleet import Fleet
 from frostline.server.history import Observation, sketch_of
-from frostline.server.ledger import AcceptedUpdate, Ledger
+from frostline.server.ledger import AcceptedUpdate, Ledger, LedgerUnavailable
 
 OFFLINE_GRACE_SECONDS = 10.0
 """How long a device with a lease may be gone before another takes its place."""
@@ -102,6 +102,7 @@ class Round:
         self._asked: set[str] = set()
         self._barred: set[str] = set()
         self._gave_nothing: set[str] = set()
+        self._failure: LedgerUnavailable | None = None
         self.metrics: list[TrainingMetrics] = []
         self.bytes_up = 0
         self.accepted_by: list[str] = []
@@ -128,6 +129,8 @@ class Round:
             for holder in {held.device for held in self._open.values()} & self._fleet.devices.keys():
                 self.on_presence(holder)
             while True:
+                if self._failure is not None:
+                    raise self._failure
                 self._expire()
                 if len(self.metrics) >= wanted:
                     for lease in list(self._open):
@@ -200,7 +203,12 @@ class Round:
         reference = BlobReference(sha256=offer.content.sha256, size=offer.content.size)
         observation = self._observe(lease, offer, tensors).model_dump_json()
         accepted = AcceptedUpdate(offer.update, offer.lease, device, reference, offer.metrics, observation)
-        self._ledger.add_update(accepted, self._plan.number)
+        try:
+            self._ledger.add_update(accepted, self._plan.number)
+        except LedgerUnavailable as error:
+            # It may be in the ledger or not: only a restart, which folds anew what is there, can tell.
+            self._failure = error
+            raise
         self._aggregator.fold(tensors, offer.metrics.samples)
         self.metrics.append(offer.metrics)
         self.bytes_up += offer.content.size

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
+from frostline.server import assembly
 from frostline.server.assembly import Run, assemble
 from frostline.server.config import parse_config
 from frostline.server.coordinator import RunObserver
@@ -69,3 +71,13 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     ledger.close()
     with pytest.raises(UsageError, match="is finished"):
         begin(TEXT, tmp_path / "run", resume=True)
+
+
+def test_a_database_is_given_to_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is in a database does not depend on the kind: a file in its place.
+    monkeypatch.setattr(assembly, "postgresql_url", lambda url: sqlite_url(tmp_path / "shared.sqlite"))
+    with closing(Ledger(sqlite_url(tmp_path / "shared.sqlite"))) as ledger:
+        ledger.run()
+    with pytest.raises(UsageError, match="the database holds a run"):
+        begin(f'{TEXT}\n[ledger]\nurl = "postgresql://host/name"\n', tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()

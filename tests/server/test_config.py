@@ -66,7 +66,7 @@ MODEL = '[model]\nname = "resnet10"\n'
     [
         (f"{MODEL}[training]\nbatch = 4\nlerning_rate = 0.1\n", 5, "training.lerning_rate", "learning_rate"),
         (f"{MODEL}\n[trainning]\nbatch = 4\n", 4, "trainning", "training"),
-        (f"# a comment\nsede = 3\n{MODEL}[run]\nseed = 3\n", 2, "sede", None),
+        (f"# a comment\nzzz = 3\n{MODEL}[run]\nseed = 3\n", 2, "zzz", None),
         ('[model]\nnme = "resnet10"\n', 2, "model.nme", "name"),
         ('[modle]\nname = "resnet10"\n', 1, "modle", "model"),
         (f"{MODEL}run.sead = 1\n", 3, "model.run", None),

@@ -8,18 +8,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import URL, create_engine, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from frostline.protocol.errors import UsageError
 from frostline.protocol.manifest import PlannedMemory
 from frostline.protocol.messages import BlobReference, TrainingMetrics
-from frostline.server.ledger import AcceptedUpdate, Ledger
+from frostline.server.ledger import AcceptedUpdate, Ledger, LedgerUnavailable, postgresql_url
 from tests.server.builders import planned
+from tests.server.postgresql import PostgreSQL, find_programs, running
 
 
 def identifier(number: int) -> str:
@@ -39,9 +44,36 @@ def url(folder: Path) -> str:
     return f"sqlite:///{folder}/ledger.sqlite"
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    # A socket's path may have 107 bytes, and another user has to get there.
+    with (
+        tempfile.TemporaryDirectory(prefix="postgresql-") as folder,
+        running(programs, Path(folder)) as server,
+    ):
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> URL:
+    """A database of the test's own."""
+    if request.param == "sqlite":
+        return make_url(url(tmp_path))
+    server: PostgreSQL = request.getfixturevalue("server")
+    name = f"run-{os.urandom(4).hex()}"
+    engine = create_engine(postgresql_url(server.url()), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f'CREATE DATABASE "{name}"'))
+    engine.dispose()
+    return postgresql_url(server.url(name))
+
+
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(url(tmp_path))
+def ledger(database: URL) -> Iterator[Ledger]:
+    opened = Ledger(database)
     yield opened
     opened.close()
 
@@ -56,12 +88,14 @@ def in_round(ledger: Ledger) -> Ledger:
     return ledger
 
 
-def test_the_run_has_one_identifier(ledger: Ledger, tmp_path: Path) -> None:
+def test_the_run_has_one_identifier(ledger: Ledger, database: URL) -> None:
     run = ledger.run()
     assert len(run) == 32
     assert ledger.run() == run
     ledger.close()
-    assert Ledger(url(tmp_path)).run() == run
+    with closing(Ledger(database)) as again:
+        assert again.holds_run()
+        assert again.run() == run
 
 
 def test_a_run_is_finished_once_it_says_so(ledger: Ledger) -> None:
@@ -207,10 +241,10 @@ def test_a_second_or_unleased_update_raises_and_changes_nothing(
     assert [row.state for row in in_round.leases(0)] == ["done", "open"]
 
 
-def test_a_reopened_ledger_goes_on(in_round: Ledger, tmp_path: Path) -> None:
+def test_a_reopened_ledger_goes_on(in_round: Ledger, database: URL) -> None:
     in_round.add_update(accepted(9, 1), 0)
     in_round.close()
-    again = Ledger(url(tmp_path))
+    again = Ledger(database)
     assert again.has_update(identifier(9))
     assert again.updates(0) == [accepted(9, 1)]
     again.add_update(accepted(10, 2, "board"), 0)
@@ -303,9 +337,9 @@ for number in range(100_000):
 """
 
 
-def test_a_killed_writer_leaves_every_update_it_acknowledged(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_every_update_it_acknowledged(database: URL) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, url(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, database.render_as_string()], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     acknowledged = [process.stdout.readline().strip() for _ in range(30)]
@@ -314,7 +348,7 @@ def test_a_killed_writer_leaves_every_update_it_acknowledged(tmp_path: Path) -> 
     process.wait()
     process.stdout.close()
     assert all(len(name) == 32 for name in acknowledged[:30])
-    ledger = Ledger(url(tmp_path))
+    ledger = Ledger(database)
     found = [update.update for update in ledger.updates(0)]
     # One update may have been committed and its line not written.
     assert found[: len(acknowledged)] == [name for name in acknowledged if len(name) == 32]
@@ -323,3 +357,61 @@ def test_a_killed_writer_leaves_every_update_it_acknowledged(tmp_path: Path) -> 
     assert all(states[update] == "done" for update in found)
     ledger.add_lease("f" * 32, 0, "phone")
     ledger.close()
+
+
+def test_a_killed_server_of_postgresql_keeps_what_was_acknowledged(server: PostgreSQL) -> None:
+    ledger = Ledger(postgresql_url(server.url()))
+    ledger.begin_stage(0, "stem")
+    ledger.open_round(0, 0, reference(0))
+    ledger.add_lease(identifier(1), 0, "phone")
+    ledger.add_lease(identifier(2), 0, "board")
+    ledger.add_update(accepted(9, 1), 0)
+    server.stop("immediate")
+    with pytest.raises(LedgerUnavailable, match="go on with --resume"):
+        ledger.add_update(accepted(10, 2, "board"), 0)
+    server.start()
+    assert ledger.updates(0) == [accepted(9, 1)]
+    ledger.add_update(accepted(10, 2, "board"), 0)
+    assert ledger.has_update(identifier(10))
+    ledger.close()
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(url(tmp_path))
+    ledger.begin_stage(0, "stem")
+    ledger.open_round(0, 0, reference(0))
+    for number in range(200):
+        ledger.add_lease(identifier(number), 0, "phone")
+    with ledger._engine.connect() as connection:
+        pages = connection.execute(text("PRAGMA page_count")).scalar_one()
+        # What a full disk looks like to SQLite; the pool has this one connection.
+        connection.execute(text(f"PRAGMA max_page_count = {pages}"))
+    with pytest.raises(LedgerUnavailable, match="full; mend that and go on with --resume"):
+        for number in range(1000):
+            ledger.add_update(accepted(1000 + number, number), 0)
+    ledger.close()
+    again = Ledger(url(tmp_path))
+    counted = len(again.updates(0))
+    assert [row.state for row in again.leases(0)].count("done") == counted
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("nonsense", "not a database's URL"),
+        ("mysql://host/name", "not a PostgreSQL database's URL"),
+        ("postgresql://host", "not a PostgreSQL database's URL"),
+        ("postgresql://user:secret@host/name", "leave the password out"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_said_in_one_line_without_its_password(given: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as raised:
+        postgresql_url(given)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_server_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LedgerUnavailable, match="the ledger postgresql.*failed: ") as raised:
+        Ledger(postgresql_url(f"postgresql://user@/name?host={tmp_path}"))
+    assert "\n" not in str(raised.value)

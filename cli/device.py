@@ -15,7 +15,12 @@ from frostline.protocol.sizes import format_size, parse_size
 
 
 def device(
-    broker: Annotated[str, typer.Option(help="mqtt://host:1883, or mqtts://host:8883 for TLS.")],
+    broker: Annotated[
+        str,
+        typer.Option(
+            help="mqtt://host:1883, or mqtts://host:8883 for TLS; a cluster as mqtt://host1,host2,host3."
+        ),
+    ],
     data: Annotated[
         str, typer.Option(help="A folder of safetensors with x and y, or a name such as digits.")
     ],

@@ -34,6 +34,8 @@ class BrokerAddress:
 
     Attributes
     ----------
+    others : tuple of (str, int)
+        Hosts and ports of the cluster's other nodes, where there is one.
     tls : bool
         Encrypt, and check the broker's certificate.
     ca_file, certificate_file, key_file : Path or None
@@ -48,6 +50,12 @@ class BrokerAddress:
     ca_file: Path | None = None
     certificate_file: Path | None = None
     key_file: Path | None = None
+    others: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def nodes(self) -> list[tuple[str, int]]:
+        """Host and port of every node, in the order they are tried."""
+        return [(self.host, self.port), *self.others]
 
     @classmethod
     def parse(
@@ -57,7 +65,7 @@ class BrokerAddress:
         certificate_file: Path | None = None,
         key_file: Path | None = None,
     ) -> BrokerAddress:
-        """Parse `mqtt://[user:password@]host[:1883]` or `mqtts://host[:8883]`.
+        """Parse `mqtt://[user:password@]host[:1883]` or `mqtts://host[:8883]`; a cluster's nodes stand with commas between.
 
         Raises
         ------
@@ -67,28 +75,33 @@ class BrokerAddress:
         example = "use mqtt://host:1883, or mqtts://host:8883 for TLS"
         try:
             parts = urlsplit(url)
-            port = parts.port
+            entry, _, hosts = parts.netloc.rpartition("@")
+            nodes = [urlsplit(f"//{host}") for host in hosts.split(",")]
+            default = 8883 if parts.scheme == "mqtts" else 1883
+            found = [(node.hostname or "", node.port or default) for node in nodes]
         except ValueError:
             raise UsageError(f"broker {url!r}: the port is not a number; {example}") from None
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
+        complete = all(host for host, _ in found) and parts.path in ("", "/")
+        if parts.scheme not in ("mqtt", "mqtts") or not complete:
             raise UsageError(f"broker {url!r}: not a broker's URL; {example}")
         for file in (ca_file, certificate_file, key_file):
             if file is not None and not file.is_file():
                 raise UsageError(f"{file}: no such certificate or key file")
-        tls = parts.scheme == "mqtts"
+        username, _, password = entry.partition(":")
         return cls(
-            parts.hostname,
-            port or (8883 if tls else 1883),
-            tls,
-            unquote(parts.username) if parts.username else None,
-            unquote(parts.password) if parts.password else None,
+            *found[0],
+            parts.scheme == "mqtts",
+            unquote(username) or None,
+            unquote(password) or None,
             ca_file,
             certificate_file,
             key_file,
+            tuple(found[1:]),
         )
 
     def __str__(self) -> str:
-        return f"mqtt{'s' if self.tls else ''}://{self.host}:{self.port}"
+        nodes = ",".join(f"{host}:{port}" for host, port in self.nodes)
+        return f"mqtt{'s' if self.tls else ''}://{nodes}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,8 @@ class Will:
 
 class Connection:
     """A client that reconnects by itself and subscribes again when it does.
+
+    Of a cluster's nodes it takes the first that answers, and the next one whenever it loses that.
 
     Nothing depends on a session kept by the broker: every connection is clean, and `on_connected` is where the owner
     publishes what the broker may have forgotten.
@@ -117,6 +132,7 @@ class Connection:
 
     def __init__(self, address: BrokerAddress, client_id: str, will: Will | None = None) -> None:
         self._address = address
+        self._node = 0
         self._client = _client(address, client_id, will)
         self._subscriptions: dict[str, int] = {}
         self._connected = asyncio.Event()
@@ -141,9 +157,16 @@ class Connection:
         Raises
         ------
         BrokerUnreachable
-            If the first attempt fails; later losses are mended silently.
+            If no node answers the first time; later losses are mended silently.
         """
-        await self._connect()
+        for last in reversed(range(len(self._address.nodes))):
+            try:
+                await self._connect()
+                break
+            except BrokerUnreachable:
+                if not last:
+                    raise
+                self._node += 1
         self._tasks = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._reconnect())]
 
     async def close(self) -> None:
@@ -182,12 +205,10 @@ class Connection:
         self._lost.clear()
         self._settled.clear()
         self._refusal = ""
-        address = self._address
+        host, port = self._address.nodes[self._node % len(self._address.nodes)]
         try:
             # Name resolution and the TCP and TLS handshakes block; the loop must not.
-            await asyncio.to_thread(
-                self._client.connect, address.host, address.port, keepalive=KEEPALIVE_SECONDS
-            )
+            await asyncio.to_thread(self._client.connect, host, port, keepalive=KEEPALIVE_SECONDS)
             async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
                 await self._settled.wait()
             if not self.connected:
@@ -197,7 +218,7 @@ class Connection:
             reason = self._refusal or _plain(error)
             self._abandon_socket()
             raise BrokerUnreachable(
-                f"broker {address}: {reason}; check that it runs and that host, port and TLS fit"
+                f"broker {self._address}: {reason}; check that it runs and that host, port and TLS fit"
             ) from None
 
     def _abandon_socket(self) -> None:
@@ -214,11 +235,14 @@ class Connection:
         delay = shortest
         while True:
             await self._lost.wait()
-            # Full jitter, so that a fleet does not return to a restarted broker all at once.
+            # Full jitter, so that a fleet does not return to a restarted broker, or to the next node, all at once.
             await asyncio.sleep(random.uniform(0, delay))
+            self._node += 1
             with contextlib.suppress(BrokerUnreachable):
                 await self._connect()
-            delay = shortest if self.connected else min(delay * 2, longest)
+            # Every node has its turn before the pause grows.
+            tried_all = self._node % len(self._address.nodes) == 0
+            delay = shortest if self.connected else min(delay * 2, longest) if tried_all else delay
             if not self.connected:
                 self._lost.set()
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -339,6 +340,30 @@ def test_clients_return_after_the_broker_restarts_on_the_same_port(quick: None) 
         run(main())
 
 
+def test_the_next_node_is_taken_when_one_is_lost(quick: None) -> None:
+    async def main() -> None:
+        with socket.socket() as unused, EmbeddedBroker() as first, EmbeddedBroker() as second:
+            unused.bind(("127.0.0.1", 0))
+            ports = [BrokerAddress.parse(broker.url).port for broker in (first, second)]
+            nodes = ",".join(f"127.0.0.1:{port}" for port in [unused.getsockname()[1], *ports])
+            client = Connection(BrokerAddress.parse(f"mqtt://{nodes}"), "client")
+            heard: list[bytes] = []
+            client.on_message = lambda topic, payload: heard.append(payload)
+            client.subscribe("topic")
+            await client.open()
+            os.kill(first.pid, signal.SIGKILL)
+            other = Connection(BrokerAddress.parse(second.url), "other")
+            await other.open()
+            async with asyncio.timeout(30):
+                while not heard:
+                    other.publish("topic", b"moved")
+                    await asyncio.sleep(0.05)
+            await client.close()
+            await other.close()
+
+    asyncio.run(main())
+
+
 def test_closing_while_the_broker_is_away_ends_at_once(quick: None) -> None:
     if find_mosquitto() is None:
         pytest.skip("mosquitto is not installed")
@@ -491,6 +516,11 @@ def test_tls_to_a_broker_without_it_is_unreachable(broker: BrokerAddress) -> Non
     ("url", "expected", "text"),
     [
         ("mqtt://host", BrokerAddress("host", 1883), "mqtt://host:1883"),
+        (
+            "mqtt://me@one,two:2,[::1]:3",
+            BrokerAddress("one", 1883, username="me", others=(("two", 2), ("::1", 3))),
+            "mqtt://one:1883,two:2,::1:3",
+        ),
         ("mqtt://host/", BrokerAddress("host", 1883), "mqtt://host:1883"),
         ("mqtts://host", BrokerAddress("host", 8883, tls=True), "mqtts://host:8883"),
         ("mqtt://10.0.0.1:1234", BrokerAddress("10.0.0.1", 1234), "mqtt://10.0.0.1:1234"),

@@ -412,6 +412,6 @@ def test_a_url_that_cannot_be_used_is_said_in_one_line_without_its_password(give
 
 
 def test_a_server_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(LedgerUnavailable, match="the ledger postgresql.*failed: ") as raised:
+    with pytest.raises(LedgerUnavailable, match=r"the ledger postgresql.*failed: ") as raised:
         Ledger(postgresql_url(f"postgresql://user@/name?host={tmp_path}"))
     assert "\n" not in str(raised.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, get_args
 
 from frostline.protocol.blobs import BlobStore
-from frostline.protocol.errors import UsageError
+from frostline.protocol.errors import CorruptContent, UsageError
 from frostline.protocol.manifest import Program, StageManifest
 from frostline.protocol.messages import Engine
 from frostline.protocol.tensors import Array
@@ -33,12 +33,39 @@ class TrainingSession(Protocol):
     def trained(self) -> dict[str, Array]:
         """The parameters and statistics by name; views of the session's memory."""
 
+    def state(self) -> dict[str, Array]:
+        """All that the next step depends on beside its batch, by the engine's own names; views where it can be."""
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from what `state` gave, in place of `load`.
+
+        Raises
+        ------
+        FrostlineError
+            If it is not of this stage; the session is to be loaded then.
+        """
+
 
 class PrefixSession(Protocol):
     """A frozen block loaded for one pass over the samples."""
 
     def run(self, x: Array) -> Array:
         """Features of one batch, in the shape the manifest declares."""
+
+
+def overwrite(held: Mapping[str, Array], state: Mapping[str, Array]) -> None:
+    """Copy a state into the arrays that are held by the same names.
+
+    Raises
+    ------
+    CorruptContent
+        If names, dtypes or shapes are not the same; nothing is copied then.
+    """
+    described = [{name: (a.dtype, a.shape) for name, a in each.items()} for each in (held, state)]
+    if described[0] != described[1]:
+        raise CorruptContent("a checkpoint's tensors are not those of the stage")
+    for name, array in held.items():
+        array[...] = state[name]
 
 
 class Runtime(Protocol):

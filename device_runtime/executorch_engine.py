@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from frostline.device_runtime.engine import overwrite
 from frostline.device_runtime.standard_error import quiet_standard_error
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import RunError
@@ -117,6 +118,19 @@ class ExecuTorchTrainingSession:
         return {
             spec.name: spec.travelling(self._trained[spec.name].numpy()) for spec in self._manifest.trained
         }
+
+    def state(self) -> dict[str, Array]:
+        """All that the next step depends on beside its batch; views of the session's memory, but for the seed."""
+        return {
+            **{name: tensor.numpy() for name, tensor in self._held.items()},
+            "seed": np.array(self._seed, np.int64),
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from what `state` gave, in place of `load`."""
+        held = self.state()
+        overwrite(held, state)
+        self._seed = int(held["seed"])
 
     def _load_only(self, programs: Mapping[str, Program]) -> None:
         if self._loaded.keys() == programs.keys():

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from frostline.device_runtime.engine import overwrite
 from frostline.device_runtime.onnx_program import OnnxProgram
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import RunError
@@ -73,6 +74,16 @@ class OnnxRuntimeTrainingSession:
     def trained(self) -> dict[str, Array]:
         """The parameters and statistics by name; views of the session's memory."""
         return {spec.name: spec.travelling(self._held[spec.name]) for spec in self._manifest.trained}
+
+    def state(self) -> dict[str, Array]:
+        """All that the next step depends on beside its batch; views of the session's memory, but for the seed."""
+        return {**self._held, "seed": np.array(self._seed, np.int64)}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from what `state` gave, in place of `load`."""
+        held = self.state()
+        overwrite(held, state)
+        self._seed = int(held["seed"])
 
     def _load_only(self, programs: Mapping[str, Program]) -> None:
         if self._loaded.keys() == programs.keys():

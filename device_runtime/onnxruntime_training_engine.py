@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from frostline.device_runtime.engine import INSTALL, PrefixSession
+from frostline.device_runtime.engine import INSTALL, PrefixSession, overwrite
 from frostline.device_runtime.standard_error import quiet_standard_error
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import RunError, UsageError
@@ -168,11 +169,32 @@ class OnnxRuntimeTrainingSession:
             for spec in self._trained
         }
 
-    def _open(self) -> None:
+    def state(self) -> dict[str, Array]:
+        """All that the next step depends on beside its batch: the runtime's own checkpoint and what no model reads."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "checkpoint")
+            save = api.CheckpointState.save_checkpoint
+            _guarded("saving", lambda: save(self._state, str(path), include_optimizer_state=True))
+            checkpoint = np.fromfile(path, np.uint8)
+        return {**self._unread, "checkpoint": checkpoint, "seed": np.array(self._seed, np.int64)}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from what `state` gave, in place of `load`."""
+        others = {name: array for name, array in state.items() if name != "checkpoint"}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "checkpoint")
+            state["checkpoint"].tofile(path)
+            self._open(path)
+        self._fresh = False
+        held = {**self._unread, "seed": np.array(self._seed, np.int64)}
+        overwrite(held, others)
+        self._seed = int(held["seed"])
+
+    def _open(self, checkpoint: Path | None = None) -> None:
         # What was open is given back before the same is taken again.
         self._state = self._module = self._optimizer = None
-        paths, options = self._paths, _options()
-        self._state = _guarded("loading", lambda: api.CheckpointState.load_checkpoint(str(paths.checkpoint)))
+        paths, options, path = self._paths, _options(), str(checkpoint or self._paths.checkpoint)
+        self._state = _guarded("loading", lambda: api.CheckpointState.load_checkpoint(path))
         self._module = _guarded(
             "loading",
             lambda: api.Module(

@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from frostline.datasets.load import load_samples
 from frostline.datasets.samples import Samples
+from frostline.device_runtime.checkpoint import CHECKPOINT, Checkpoint, Progress
 from frostline.device_runtime.engine import TrainingSession, open_runtime
 from frostline.device_runtime.error_feedback import ERROR_FEEDBACK, ErrorFeedback
 from frostline.device_runtime.feature_cache import FeatureCache
@@ -37,7 +39,7 @@ class TrainingTask:
     data : str
         Name or folder of the device's samples.
     state_folder : Path
-        The device's folder: downloaded content and cached features.
+        The device's folder: downloaded content, cached features and the checkpoint.
     update_path : Path
         Where the update is written, whole or not at all.
     """
@@ -51,7 +53,8 @@ class TrainingTask:
 def train(task: TrainingTask) -> TrainingMetrics:
     """Train a stage for the task's epochs and write the update: new minus received values, encoded as the lease asks.
 
-    What encoding loses waits in the device's folder until the update is settled; see
+    Training that was interrupted goes on from its last checkpoint; see `frostline.device_runtime.checkpoint`. What
+    encoding loses waits in the device's folder until the update is settled; see
     `frostline.device_runtime.error_feedback`.
 
     Raises
@@ -65,38 +68,60 @@ def train(task: TrainingTask) -> TrainingMetrics:
     samples = _samples(task.data)
     _check_fit(samples, manifest)
     runtime = open_runtime(manifest.engine)
+    fingerprint = samples.fingerprint()
+    # Before the features: it drops the checkpoint of another lease, whose room they may need.
+    checkpoint = Checkpoint(task.state_folder / CHECKPOINT, task.lease, fingerprint)
     cache = FeatureCache(task.state_folder / "features")
-    features = cache.features(samples.x, samples.fingerprint(), manifest, runtime, store)
+    features = cache.features(samples.x, fingerprint, manifest, runtime, store)
     received = decode_tensors(store.read(task.lease.weights), manifest.trained, "received weights")
     session = runtime.open_stage(manifest, store)
-    session.load(received, task.lease.seed)
 
     held_out = np.arange(len(samples)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     held_out &= task.lease.evaluate
     evaluated = np.flatnonzero(held_out)
-    correct = _count_correct(session, features, samples.y, evaluated, manifest.micro_batch)
     chosen = np.flatnonzero(~held_out)
-    losses = []
-    for batch in _batches(chosen, manifest.batch, task.lease.epochs, task.lease.seed):
+    progress = checkpoint.resume(session)
+    if progress is None:
+        session.load(received, task.lease.seed)
+        correct = _count_correct(session, features, samples.y, evaluated, manifest.micro_batch)
+        progress = Progress(correct=correct)
+    started -= progress.seconds
+    batches = _batches(chosen, manifest.batch, task.lease.epochs, task.lease.seed)
+    for batch in islice(batches, progress.steps, None):
         parts = _parts(features, samples.y, batch, manifest.micro_batches)
         loss, _ = session.step(parts, task.lease.learning_rate)
-        losses.append(loss)
+        progress.add(loss, time.perf_counter() - started)
         if not np.isfinite(loss):
-            raise RunError(f"the loss is not finite after {len(losses)} steps; lower the run's learning rate")
+            raise RunError(
+                f"the loss is not finite after {progress.steps} steps; lower the run's learning rate"
+            )
+        checkpoint.keep(progress, session)
     update = {name: value - received[name] for name, value in session.trained().items()}
     # A loss is taken before its step: the last step shows in the values only.
     if not all(np.isfinite(value).all() for value in update.values()):
-        raise RunError(f"the update is not finite after {len(losses)} steps; lower the run's learning rate")
-    write_atomically(task.update_path, _encoded(update, manifest, task))
+        raise RunError(
+            f"the update is not finite after {progress.steps} steps; lower the run's learning rate"
+        )
+    try:
+        _write(update, manifest, task)
+    except OSError:
+        # The checkpoint must not take the update's room.
+        checkpoint.remove()
+        _write(update, manifest, task)
+    checkpoint.remove()
     return TrainingMetrics(
         samples=len(chosen),
-        steps=len(losses),
-        loss=float(np.mean(losses)),
-        squared_loss=float(np.mean(np.square(losses, dtype=np.float64))),
+        steps=progress.steps,
+        loss=progress.loss / progress.steps,
+        squared_loss=progress.squared_loss / progress.steps,
         seconds=time.perf_counter() - started,
         evaluated=len(evaluated),
-        correct=correct,
+        correct=progress.correct,
     )
+
+
+def _write(update: dict[str, Array], manifest: StageManifest, task: TrainingTask) -> None:
+    write_atomically(task.update_path, _encoded(update, manifest, task))
 
 
 def _encoded(update: dict[str, Array], manifest: StageManifest, task: TrainingTask) -> bytes:

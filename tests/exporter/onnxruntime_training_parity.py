@@ -79,9 +79,17 @@ def compare(
         session.load(values(stage))
         session.step([(x.numpy(), y.numpy()) for x, y in batches[0]], rate)
         session.load(values(stage))
-        losses = [session.step([(x.numpy(), y.numpy()) for x, y in parts], rate)[0] for parts in batches]
+        losses, states = [], []
+        for parts in batches:
+            states.append({name: value.copy() for name, value in session.state().items()})
+            losses.append(session.step([(x.numpy(), y.numpy()) for x, y in parts], rate)[0])
         got = {name: torch.from_numpy(value.copy()) for name, value in session.trained().items()}
         logits = session.evaluate(batches[0][0][0].numpy())
+        # Interrupted before the last step, and gone on in a session of its own.
+        resumed = opened(artifacts, stage, Path(folder))
+        resumed.restore(states[-1])
+        resumed.step([(x.numpy(), y.numpy()) for x, y in batches[-1]], rate)
+        same = all(np.array_equal(resumed.trained()[name], value.numpy()) for name, value in got.items())
     each, want, moved, gradients = train_eagerly(stage, optimizer, batches, rate)
     wanted_losses = [
         sum(each[i : i + micro_batches]) / micro_batches for i in range(0, len(each), micro_batches)
@@ -96,6 +104,7 @@ def compare(
             float((got[n].double() - want[n]).norm() / moved[n].norm().clamp(min=1e-6)) for n in compared
         ),
         "logits": relative(torch.from_numpy(logits), evaluated(stage, want, batches[0][0][0])),
+        "resumed": same,
         "statistics": list(artifacts.statistics),
     }
 

@@ -72,6 +72,7 @@ def assert_equal_training(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert "error" not in row, row
         assert max(row["loss"], row["tensor"], row["logits"]) < TOLERANCE, row
+        assert row["resumed"], row
 
 
 @needs_package

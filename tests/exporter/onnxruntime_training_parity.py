@@ -89,7 +89,7 @@ def compare(
         resumed = opened(artifacts, stage, Path(folder))
         resumed.restore(states[-1])
         resumed.step([(x.numpy(), y.numpy()) for x, y in batches[-1]], rate)
-        same = all(np.array_equal(resumed.trained()[name], value.numpy()) for name, value in got.items())
+        gone_on = {name: torch.from_numpy(value.copy()) for name, value in resumed.trained().items()}
     each, want, moved, gradients = train_eagerly(stage, optimizer, batches, rate)
     wanted_losses = [
         sum(each[i : i + micro_batches]) / micro_batches for i in range(0, len(each), micro_batches)
@@ -104,7 +104,7 @@ def compare(
             float((got[n].double() - want[n]).norm() / moved[n].norm().clamp(min=1e-6)) for n in compared
         ),
         "logits": relative(torch.from_numpy(logits), evaluated(stage, want, batches[0][0][0])),
-        "resumed": same,
+        "resumed": max(relative(gone_on[name], got[name]) for name in got),
         "statistics": list(artifacts.statistics),
     }
 

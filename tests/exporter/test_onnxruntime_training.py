@@ -34,6 +34,11 @@ MODELS = (
 )
 TOLERANCE = 1e-4
 """Largest relative error of a tensor, its logits or a loss."""
+SAME = 1e-5
+"""Largest relative difference of a tensor between two runs of the same steps.
+
+The runtime's sums depend on where in memory their arguments lie, so not even two uninterrupted runs give the same bits.
+"""
 
 SGD_PLAIN = {"name": "sgd"}
 # Adam's step is as long for a gradient that is all rounding as for any other, unless epsilon is above it.
@@ -72,7 +77,7 @@ def assert_equal_training(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert "error" not in row, row
         assert max(row["loss"], row["tensor"], row["logits"]) < TOLERANCE, row
-        assert row["resumed"], row
+        assert row["resumed"] < SAME, row
 
 
 @needs_package

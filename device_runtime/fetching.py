@@ -109,6 +109,9 @@ class ContentFetcher:
         finally:
             self._connection.unsubscribe(topic)
             del self._awaited[topic]
+            if not future.cancel():
+                # When another chunk's failure ends the fetch, nobody asks for this one's.
+                future.exception()
 
 
 async def _to_the_end(function: Callable[[], None]) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -288,6 +290,37 @@ def test_after_a_restart_only_missing_chunks_are_fetched(tmp_path: Path) -> None
         assert set(scene.device.history) == {*withheld, TOPICS.index(reference.sha256)}
 
     run(main())
+
+
+def test_a_full_disk_ends_a_fetch_with_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_up(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def play() -> list[dict[str, object]]:
+        unseen: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+        scene = Scene(tmp_path)
+        content = os.urandom(WINDOW * CHUNK)
+        reference = scene.publisher.offer(content)
+        topics = [TOPICS.chunk(sha256) for sha256 in index_of(content, CHUNK).chunks]
+        for topic in topics:
+            scene.broker.lose(topic)
+        monkeypatch.setattr(Download, "put", fill_up)
+        fetching = asyncio.create_task(scene.fetcher.fetch(reference, CHUNK))
+        while not scene.broker.subscribers.keys() >= set(topics):
+            await asyncio.sleep(0)
+        # In turns of their own, so that the first failure ends the fetch while the others come in.
+        for topic in topics:
+            scene.fetcher.deliver(topic, bytes(CHUNK))
+            await asyncio.sleep(0)
+        with pytest.raises(ExceptionGroup, match="TaskGroup") as caught:
+            await fetching
+        assert isinstance(caught.value.exceptions[0], OSError)
+        del caught, fetching
+        gc.collect()
+        return unseen
+
+    assert asyncio.run(play()) == [], "the errors of further chunks went to the log"
 
 
 def test_messages_nobody_awaits_are_dropped(tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ from frostline.protocol.messages import (
 )
 from frostline.protocol.topics import Topics, checked_name
 
+ENTERED = "broker"
+"""File in a device's folder that names the broker that let it in last."""
+ANNOUNCEMENT_SECONDS = 3.0
+"""How long the announcement of a lease's run is waited for."""
+
 State = Literal["idle", "fetching", "training", "sending"]
 
 
@@ -87,7 +92,7 @@ class Agent:
     workers : Workers
         Where training runs; agents in one process may share it.
     notify : callable
-        Told of every change of state, with a line for a person.
+        Told the state whenever there is something to tell a person, and the line that tells it.
     """
 
     def __init__(
@@ -125,29 +130,37 @@ class Agent:
         self._outbox = Outbox(self._connection, topics, name, settings.state_folder / "outbox")
         self._feedback = ErrorFeedback(settings.state_folder / ERROR_FEEDBACK)
         self._run: RunAnnouncement | None = None
+        self._announced = asyncio.Event()
         self._work: asyncio.Queue[Lease] = asyncio.Queue()
         self._taken: set[str] = set()
         self._accepted = ""
+        self._address = str(address).encode()
+        self._entered = settings.state_folder / ENTERED
+        self._state: State = "idle"
         self._saw_open = False
         self._over = asyncio.Event()
 
     async def run(self) -> None:
         """Serve leases until cancelled, or until the run is over if the settings say so.
 
+        A device that restarts while its broker is away waits for it.
+
         Raises
         ------
         BrokerUnreachable
-            If the first connection fails.
+            If the broker does not answer and never let this device in.
         """
         name = self._settings.name
         self._connection.on_message = self._on_message
-        self._connection.on_connected = self._announce
+        self._connection.on_connected = self._on_connected
         for topic in (self._topics.run, self._topics.lease(name), self._topics.receipt(name)):
             self._connection.subscribe(topic)
         pending = self._outbox.pending()
         self._taken.update(offer.lease for offer in pending)
-        await self._connection.open()
-        self._notify("idle", "connected")
+        known = self._entered.is_file() and self._entered.read_bytes() == self._address
+        await self._connection.open(patient=known)
+        if not self._connection.connected:
+            self._notify("idle", f"waiting for broker {self._address.decode()}")
         try:
             await self._work_until_over(pending)
         finally:
@@ -170,8 +183,15 @@ class Agent:
     async def _work_on(self, pending: list[UpdateOffer]) -> None:
         for offer in pending:
             await self._send(offer)
+            self._enter("idle", "waiting for work")
         while True:
             await self._serve(await self._work.get())
+
+    def _on_connected(self) -> None:
+        self._notify(self._state, "connected")
+        with contextlib.suppress(OSError):  # A full disk keeps no device from working.
+            self._entered.write_bytes(self._address)
+        self._announce()
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         name = self._settings.name
@@ -185,10 +205,11 @@ class Agent:
             else:
                 self._fetcher.deliver(topic, payload)
         except ProtocolViolation as error:
-            self._notify("idle", f"ignored a message on {topic}: {error}")
+            self._notify(self._state, f"ignored a message on {topic}: {error}")
 
     def _on_run(self, run: RunAnnouncement) -> None:
         self._run = run
+        self._announced.set()
         if run.state == "open":
             self._saw_open = True
             self._announce()
@@ -224,13 +245,11 @@ class Agent:
             self._give_up(lease, "failed", _reason(error))
         else:
             await self._send(offer)
-        self._notify("idle", "waiting for work")
+        self._enter("idle", "waiting for work")
 
     async def _train(self, lease: Lease) -> UpdateOffer:
-        run = self._run
-        if run is None or run.run != lease.run:
-            raise _Refused("the lease belongs to another run than the one announced")
-        self._notify("fetching", f"round {lease.round}: fetching")
+        run = await self._announcement(lease.run)
+        self._enter("fetching", f"round {lease.round}: fetching")
         await self._fetcher.fetch(lease.manifest, run.chunk_size)
         manifest = decode_manifest(self._store.read(lease.manifest), "received manifest")
         self._admit(manifest)
@@ -243,7 +262,7 @@ class Agent:
         self._answer(lease.lease, "accepted")
         for reference in content:
             await self._fetcher.fetch(reference, run.chunk_size)
-        self._notify("training", f"round {lease.round}: training {manifest.name}")
+        self._enter("training", f"round {lease.round}: training {manifest.name}")
         update_path = self._outbox.content_path(lease.lease)
         task = TrainingTask(
             data=self._settings.data,
@@ -254,6 +273,18 @@ class Agent:
         metrics = await self._workers.train(task)
         self._store.remove(lease.weights)
         return self._offer(lease, update_path, metrics, run.chunk_size)
+
+    async def _announcement(self, run: str) -> RunAnnouncement:
+        """The announcement of a lease's run; one that never came, the broker is asked for."""
+        if self._run is None or self._run.run != run:
+            self._announced.clear()
+            self._connection.subscribe(self._topics.run)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANNOUNCEMENT_SECONDS):
+                    await self._announced.wait()
+        if self._run is None or self._run.run != run:
+            raise _Refused("the lease belongs to another run than the one announced")
+        return self._run
 
     def _admit(self, manifest: StageManifest) -> None:
         """The device's own check: the planned bytes are known before a program is fetched."""
@@ -272,7 +303,7 @@ class Agent:
         return offer
 
     async def _send(self, offer: UpdateOffer) -> None:
-        self._notify("sending", f"sending {offer.content.size} bytes")
+        self._enter("sending", f"sending {offer.content.size} bytes")
         receipt = await self._outbox.send(offer)
         self._feedback.settle(offer.lease, counted=receipt.state == "done")
         if receipt.state == "rejected":
@@ -290,7 +321,11 @@ class Agent:
         message = Answer(lease=lease, answer=answer, reason=as_reason(reason))
         self._connection.publish(self._topics.answer(self._settings.name), message.encode())
         if answer != "accepted":
-            self._notify("idle", f"{answer}: {reason}")
+            self._enter("idle", f"{answer}: {reason}")
+
+    def _enter(self, state: State, text: str) -> None:
+        self._state = state
+        self._notify(state, text)
 
 
 class _Refused(RunError):

@@ -147,7 +147,7 @@ class SimulatedFleet:
         self.devices: dict[str, DeviceRecord] = {}
         self.changed = asyncio.Event()
 
-    async def open(self) -> None:
+    async def open(self, *, patient: bool) -> bool:
         """Give every device its folder; they share one of content."""
         for device in self._virtual.values():
             state = self._state_folder(device)
@@ -155,6 +155,7 @@ class SimulatedFleet:
             if not (state / "blobs").exists():
                 (state / "blobs").symlink_to(self._folder.absolute() / "blobs", target_is_directory=True)
             save_samples(device.samples, state / "data" / "samples.safetensors")
+        return True
 
     async def close(self) -> None:
         """Stop what is still being worked on."""
@@ -168,6 +169,9 @@ class SimulatedFleet:
             presence = device.presence(asks_class_counts=announcement.asks_class_counts)
             self.devices[name] = DeviceRecord(presence, None)
         self.changed.set()
+
+    def remind(self) -> None:
+        """Do nothing: no message is lost here."""
 
     def listen(self, listener: RoundListener | None) -> None:
         """Tell `listener` what devices do; a device still at work when its round is over gives up."""

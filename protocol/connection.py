@@ -151,22 +151,29 @@ class Connection:
         """Whether the broker is there right now."""
         return self._connected.is_set()
 
-    async def open(self) -> None:
+    async def open(self, *, patient: bool = False) -> None:
         """Connect, and keep connected until `close`.
+
+        Parameters
+        ----------
+        patient : bool
+            Go on trying where no node answers the first time, as after any later loss.
 
         Raises
         ------
         BrokerUnreachable
-            If no node answers the first time; later losses are mended silently.
+            If no node answers the first time, unless patient.
         """
         for last in reversed(range(len(self._address.nodes))):
             try:
                 await self._connect()
                 break
             except BrokerUnreachable:
-                if not last:
+                if not last and not patient:
                     raise
                 self._node += 1
+        if not self.connected:
+            self._lost.set()
         self._tasks = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._reconnect())]
 
     async def close(self) -> None:

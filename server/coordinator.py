@@ -29,9 +29,6 @@ from frostline.server.run_folder import RunFolder
 from frostline.server.schedule import Schedule
 from frostline.server.snapshots import read_arrays, store_arrays
 
-FORGIVE_SECONDS = 5.0
-"""How long a round that is short of updates waits before it asks devices again that gave nothing."""
-
 
 class RunObserver:
     """Told how a run goes; subclasses show it to a person. Does nothing by itself."""
@@ -112,7 +109,9 @@ class Coordinator:
             If no device can train a stage, or too few return anything.
         """
         try:
-            await self._fleet.open()
+            # A run that is gone on with had its broker once, which may only be restarting too.
+            if not await self._fleet.open(patient=self._ledger.holds_run()):
+                self._observer.on_note("the broker does not answer; trying until it does")
             run = self._ledger.run()
             whole = await self._compile()
             self._announce(run, "open")
@@ -157,6 +156,7 @@ class Coordinator:
             f"waiting for {wanted} devices, at most {self._config.rounds.join_seconds:.0f} s"
         )
         while len(self._online()) < wanted and _now() < deadline:
+            self._fleet.remind()
             await wait_for_change(self._fleet.changed)
 
     def _online(self) -> list[Presence]:
@@ -275,7 +275,13 @@ class Coordinator:
         aggregator = Aggregator(progress.weights)
         current = Round(plan, self._config, self._fleet, self._ledger, aggregator, self._updates)
         try:
-            await self._collect(current, plan, index)
+            rounds = self._config.rounds
+            if not await current.collect(
+                lambda: self._selection.order(plan), rounds.minimum_updates, rounds.join_seconds
+            ):
+                eligible = len(self._selection.order(plan))
+                explained = asyncio.to_thread(self._explain_shortage, index, eligible, len(current.metrics))
+                raise RunError(await explained)
         finally:
             for reference in published.values():
                 self._fleet.content.withdraw(reference)
@@ -303,26 +309,6 @@ class Coordinator:
                 self._weights.remove(reference)
         progress.rounds += 1
         self._selection.learn(number)
-
-    async def _collect(self, current: Round, plan: RoundPlan, index: int) -> None:
-        """Run the round, again if need be, until it has the updates it needs."""
-        waiting_since = forgiven = _now()
-        while True:
-            order = self._selection.order(plan)
-            before = current.asked, len(current.metrics)
-            await current.run(iter(order))
-            if (current.asked, len(current.metrics)) != before:
-                waiting_since = _now()
-            if len(current.metrics) >= self._config.rounds.minimum_updates:
-                return
-            if _now() - waiting_since >= self._config.rounds.join_seconds:
-                explained = asyncio.to_thread(self._explain_shortage, index, len(order), len(current.metrics))
-                raise RunError(await explained)
-            await wait_for_change(self._fleet.changed)
-            if _now() - forgiven >= FORGIVE_SECONDS:
-                # Whoever failed may be all there is, and may have mended what was wrong.
-                forgiven = _now()
-                current.forgive()
 
     def _explain_shortage(self, index: int, eligible: int, returned: int) -> str:
         online = self._online()

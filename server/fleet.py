@@ -51,14 +51,17 @@ class Fleet(Protocol):
     def content(self) -> Content:
         """What devices can fetch."""
 
-    async def open(self) -> None:
-        """Get in touch with the fleet; called once."""
+    async def open(self, *, patient: bool) -> bool:
+        """Get in touch with the fleet, called once; if `patient`, go on trying in place of raising, and return False."""
 
     async def close(self) -> None:
         """Leave it."""
 
     def announce(self, announcement: RunAnnouncement) -> None:
         """Tell the fleet which run is on; devices answer with their presence."""
+
+    def remind(self) -> None:
+        """Tell the fleet again, if that was not just done: a device that is missing may not know, or not be known."""
 
     def listen(self, listener: RoundListener | None) -> None:
         """Hand answers and updates to `listener` from now on; None between rounds."""

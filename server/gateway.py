@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.connection import BrokerAddress, Connection
@@ -22,6 +23,10 @@ from frostline.server.content import ContentPublisher
 from frostline.server.fleet import DeviceRecord, RoundListener
 from frostline.server.updates import UpdateReceiver
 
+REMIND_SECONDS = 5.0
+"""How often the fleet is told of the run again while devices are missing."""
+REMIND_SECONDS_PER_DEVICE = 0.002
+"""What is left between reminders for each device there is, since all of them answer."""
 DEVICES_LIMIT = 100_000
 """Most device names remembered: names come from the network."""
 
@@ -40,20 +45,27 @@ class Gateway:
         self.devices: dict[str, DeviceRecord] = {}
         self.changed = asyncio.Event()
         self.violations = 0
+        self._announced_at = -math.inf
 
-    async def open(self) -> None:
-        """Connect.
+    async def open(self, *, patient: bool = False) -> bool:
+        """Connect; if `patient`, go on trying where no broker answers.
+
+        Returns
+        -------
+        bool
+            Whether the broker answered.
 
         Raises
         ------
         BrokerUnreachable
-            If the broker cannot be reached.
+            If the broker cannot be reached and this is not patient.
         """
         self._connection.on_message = self._on_message
         self._connection.on_connected = self._on_connected
         for topic in self._topics.server_filters:
             self._connection.subscribe(topic)
-        await self._connection.open()
+        await self._connection.open(patient=patient)
+        return self._connection.connected
 
     async def close(self) -> None:
         """Leave the broker."""
@@ -62,7 +74,14 @@ class Gateway:
     def announce(self, announcement: RunAnnouncement) -> None:
         """Tell the fleet which run is on; devices answer with their presence."""
         self._announcement = announcement
+        self._announced_at = asyncio.get_running_loop().time()
         self._connection.publish(self._topics.run, announcement.encode(), retain=True)
+
+    def remind(self) -> None:
+        """Announce the run again, now and then: brokers drop what overflows a queue, and devices answer with presence."""
+        pause = max(REMIND_SECONDS, REMIND_SECONDS_PER_DEVICE * len(self.devices))
+        if self._announcement is not None and asyncio.get_running_loop().time() >= self._announced_at + pause:
+            self.announce(self._announcement)
 
     def listen(self, listener: RoundListener | None) -> None:
         """Hand answers and updates to `listener` from now on; None between rounds."""
@@ -98,6 +117,8 @@ class Gateway:
             case "request":
                 self.content.answer(decode(ContentRequest, payload))
             case "offer" if self._receiver is not None:
+                if device not in self.devices:
+                    self.remind()
                 self._reply(device, self._receiver.on_offer(device, decode(UpdateOffer, payload)))
             case "chunk" if self._receiver is not None:
                 self._reply(device, self._receiver.on_chunk(device, received.update, received.index, payload))

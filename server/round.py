@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from frostline.protocol.blobs import BlobStore
@@ -23,6 +23,8 @@ from frostline.server.ledger import AcceptedUpdate, Ledger, LedgerUnavailable
 
 OFFLINE_GRACE_SECONDS = 10.0
 """How long a device with a lease may be gone before another takes its place."""
+FORGIVE_SECONDS = 5.0
+"""How long a round that is short of updates waits before it asks devices again that gave nothing."""
 TICK_SECONDS = 0.5
 REPEAT_SECONDS = 5.0
 """How long a device may leave a lease unanswered before it is sent again, and then twice as long each time: that a broker
@@ -120,6 +122,33 @@ class Round:
         self._barred -= self._gave_nothing
         self._gave_nothing.clear()
 
+    async def collect(
+        self, order: Callable[[], Sequence[str]], minimum: int, patience_seconds: float
+    ) -> bool:
+        """Run, again if need be, with the candidates `order` names each time, until `minimum` updates have come.
+
+        Returns
+        -------
+        bool
+            False if for `patience_seconds` nobody was asked and nothing came.
+        """
+        waiting_since = forgiven = _now()
+        while True:
+            before = self.asked, len(self.metrics)
+            await self.run(iter(order()))
+            if (self.asked, len(self.metrics)) != before:
+                waiting_since = _now()
+            if len(self.metrics) >= minimum:
+                return True
+            if _now() - waiting_since >= patience_seconds:
+                return False
+            self._fleet.remind()
+            await wait_for_change(self._fleet.changed)
+            if _now() - forgiven >= FORGIVE_SECONDS:
+                # Whoever failed may be all there is, and may have mended what was wrong.
+                forgiven = _now()
+                self.forgive()
+
     async def run(self, candidates: Iterator[str]) -> None:
         """Ask candidates in order until enough have returned an update or none is left to ask."""
         wanted = self._plan.devices
@@ -173,6 +202,10 @@ class Round:
         """Whether the update was counted before."""
         return self._ledger.has_update(update)
 
+    def is_known(self, device: str) -> bool:
+        """Whether the device said what it is."""
+        return device in self._fleet.devices
+
     def objection(self, device: str, offer: UpdateOffer) -> str:
         """Why an offered update is not wanted; empty if it is."""
         lease = self._open.get(offer.lease)
@@ -181,7 +214,7 @@ class Round:
         limit = largest_update(lease.offer.manifest, self._encoding)
         if offer.content.size > limit:
             return f"an update of this stage has at most {limit} bytes"
-        announced = self._fleet.devices[device].presence.samples if device in self._fleet.devices else 0
+        announced = self._fleet.devices[device].presence.samples if self.is_known(device) else 0
         if offer.metrics.samples > announced:
             return f"{offer.metrics.samples} samples claimed, {announced} announced"
         return ""
@@ -218,7 +251,7 @@ class Round:
     def _observe(self, lease: _OpenLease, offer: UpdateOffer, tensors: Mapping[str, Array]) -> Observation:
         return Observation(
             flops=lease.offer.manifest.flops,
-            turnaround_seconds=asyncio.get_running_loop().time() - lease.sent,
+            turnaround_seconds=_now() - lease.sent,
             transferred_bytes=self._plan.weights[lease.offer.width].size + offer.content.size,
             sketch=sketch_of(tensors, self._plan.last_layer, self._config.run.seed),
         )
@@ -263,7 +296,7 @@ class Round:
         self._send(self._open[lease])
 
     def _send(self, lease: _OpenLease) -> None:
-        lease.wait_for_answer(asyncio.get_running_loop().time())
+        lease.wait_for_answer(_now())
         self._fleet.send_lease(lease.device, lease.message)
 
     def _variant_for(self, device: str) -> OfferedStage | None:
@@ -286,10 +319,10 @@ class Round:
             encoding=self._encoding,
             deadline_seconds=self._plan.deadline_seconds,
         )
-        return _OpenLease(device, message, asyncio.get_running_loop().time(), session, offer)
+        return _OpenLease(device, message, _now(), session, offer)
 
     def _expire(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = _now()
         for lease, held in list(self._open.items()):
             record = self._fleet.devices.get(held.device)
             if now >= held.sent + self._plan.deadline_seconds:
@@ -309,6 +342,11 @@ class Round:
         if state != "surplus":
             self._gave_nothing.add(held.device)
             self.notes.append(f"{held.device}: {state}: {reason}")
+
+
+def _now() -> float:
+    """The loop's clock, which may be a simulated one."""
+    return asyncio.get_running_loop().time()
 
 
 async def wait_for_change(event: asyncio.Event) -> None:

@@ -20,6 +20,8 @@ FIRST_UPLOAD_SECONDS = 1.0
 """What an upload is taken to last before one was seen."""
 WAIT_SECONDS = (0.05, 60.0)
 """The shortest and the longest that a device is told to wait."""
+STRANGER_SECONDS = 2.0
+"""How long a device waits whose presence was lost, and is asked for."""
 STORAGE_SECONDS = 5.0
 """How long a device waits that offers an update to a server whose disk is full."""
 
@@ -29,6 +31,9 @@ class UpdateJudge(Protocol):
 
     def is_counted(self, update: str) -> bool:
         """Whether the update was counted before."""
+
+    def is_known(self, device: str) -> bool:
+        """Whether the device said what it is; an update is held against that."""
 
     def objection(self, device: str, offer: UpdateOffer) -> str:
         """Why the update is not wanted; empty if it is."""
@@ -91,6 +96,8 @@ class UpdateReceiver:
         """Answer an offer: which chunks are here already, or that it is counted, unwanted or has to wait."""
         if self._judge.is_counted(offer.update):
             return Receipt(update=offer.update, state="done")
+        if not self._judge.is_known(device):
+            return Receipt(update=offer.update, state="wait", retry_seconds=STRANGER_SECONDS)
         index = offer.content
         objection = self._judge.objection(device, offer)
         if not objection and len(index.chunks) != chunk_count(index.size, index.chunk_size):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from frostline.datasets.samples import Samples
+from frostline.device_runtime import agent as agent_module
 from frostline.device_runtime import outbox as outbox_module
 from frostline.device_runtime.agent import Agent, DeviceSettings
 from frostline.device_runtime.outbox import Outbox
@@ -19,7 +20,7 @@ from frostline.device_runtime.worker import Workers
 from frostline.emulator.broker import EmbeddedBroker
 from frostline.protocol.blobs import BlobStore, index_of, reference_to, write_atomically
 from frostline.protocol.connection import BrokerAddress, Connection
-from frostline.protocol.errors import RunError, UsageError
+from frostline.protocol.errors import BrokerUnreachable, RunError, UsageError
 from frostline.protocol.manifest import PlannedMemory, Program, StageManifest, TensorSpec
 from frostline.protocol.messages import (
     Answer,
@@ -77,6 +78,9 @@ class Server:
         self.connection.on_message = self._on_message
         for topic in TOPICS.server_filters:
             self.connection.subscribe(topic)
+
+    def is_known(self, device: str) -> bool:
+        return True
 
     def is_counted(self, update: str) -> bool:
         return any(known == update for known, _ in self.counted)
@@ -177,6 +181,7 @@ def address() -> Iterator[BrokerAddress]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox_module, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(agent_module, "ANNOUNCEMENT_SECONDS", 0.3)
 
 
 class Scene:
@@ -190,10 +195,8 @@ class Scene:
         self.settings = DeviceSettings(DEVICE, "the data", PLANNED, folder / "state", ("executorch",))
         self.store = BlobStore(folder / "state" / "blobs")
 
-    @asynccontextmanager
-    async def agent(self, **changes: Any) -> AsyncIterator[asyncio.Task[None]]:
-        """A connected agent; ended when the block is left, unless it left by itself."""
-        agent = Agent(
+    def new_agent(self, **changes: Any) -> Agent:
+        return Agent(
             replace(self.settings, **changes),
             self.address,
             TOPICS,
@@ -201,7 +204,11 @@ class Scene:
             cast(Workers, self.workers),
             lambda state, text: self.notes.append(f"{state}: {text}"),
         )
-        running = asyncio.create_task(agent.run())
+
+    @asynccontextmanager
+    async def agent(self, **changes: Any) -> AsyncIterator[asyncio.Task[None]]:
+        """A connected agent; ended when the block is left, unless it left by itself."""
+        running = asyncio.create_task(self.new_agent(**changes).run())
         try:
             await until(lambda: "idle: connected" in self.notes or running.done())
             yield running
@@ -345,6 +352,65 @@ def test_a_lease_of_another_run_is_refused(play: Callable[[Script], None], annou
             assert await scene.answered() == [("refused", reason)]
 
     play(script)
+
+
+def test_an_announcement_that_was_lost_is_asked_for(
+    play: Callable[[Script], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[RunAnnouncement] = []
+    listen = Agent._on_run
+
+    def lose_the_first(agent: Agent, run: RunAnnouncement) -> None:
+        heard.append(run)
+        if len(heard) > 1:
+            listen(agent, run)
+
+    monkeypatch.setattr(Agent, "_on_run", lose_the_first)
+
+    async def script(scene: Scene) -> None:
+        scene.server.announce()
+        async with scene.agent():
+            await until(lambda: heard)
+            lease = scene.server.send(scene.server.lease())
+            await until(lambda: scene.server.counted)
+            assert scene.server.counted == [(lease.lease, UPDATE)]
+            assert len(heard) == 2
+
+    play(script)
+
+
+def test_a_device_that_restarts_waits_for_the_broker_it_knows(tmp_path: Path) -> None:
+    async def main() -> None:
+        with EmbeddedBroker() as broker:
+            address = BrokerAddress.parse(broker.url)
+            scene = Scene(address, tmp_path)
+            async with scene.agent():
+                pass
+        scene.notes.clear()
+
+        async def come_back() -> None:
+            async with scene.agent():
+                assert scene.notes == [f"idle: waiting for broker {address}", "idle: connected"]
+
+        coming = asyncio.create_task(come_back())
+        await until(lambda: scene.notes)
+        with EmbeddedBroker(port=address.port):
+            await coming
+
+    asyncio.run(main())
+
+
+def test_a_device_does_not_wait_for_a_broker_it_never_saw(tmp_path: Path) -> None:
+    async def main() -> None:
+        with EmbeddedBroker() as broker:
+            scene = Scene(BrokerAddress.parse(broker.url), tmp_path)
+            async with scene.agent():
+                pass
+        scene.address = BrokerAddress("localhost", scene.address.port)
+        with pytest.raises(BrokerUnreachable):
+            await scene.new_agent().run()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("slow", ["fetching", "training"])

@@ -38,6 +38,9 @@ class FakeJudge:
         self.counted: list[tuple[str, bytes]] = []
         self.verdict = ""
 
+    def is_known(self, device: str) -> bool:
+        return True
+
     def is_counted(self, update: str) -> bool:
         return any(known == update for known, _ in self.counted)
 

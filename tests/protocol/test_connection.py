@@ -364,6 +364,35 @@ def test_the_next_node_is_taken_when_one_is_lost(quick: None) -> None:
     asyncio.run(main())
 
 
+def test_a_patient_client_waits_for_a_broker_that_comes_later(quick: None) -> None:
+    async def main() -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+        client = Connection(BrokerAddress("127.0.0.1", port), "client")
+        await client.open(patient=True)
+        assert not client.connected
+        await asyncio.sleep(0.3)
+        with EmbeddedBroker(port=port):
+            await until(lambda: client.connected)
+            await client.close()
+
+    run(main())
+
+
+def test_a_patient_client_can_leave_before_there_is_a_broker(quick: None) -> None:
+    async def main() -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            client = Connection(BrokerAddress("127.0.0.1", unused.getsockname()[1]), "client")
+            tasks = asyncio.all_tasks()
+            await client.open(patient=True)
+            await client.close()
+            assert asyncio.all_tasks() == tasks
+
+    run(main())
+
+
 def test_closing_while_the_broker_is_away_ends_at_once(quick: None) -> None:
     if find_mosquitto() is None:
         pytest.skip("mosquitto is not installed")

@@ -42,7 +42,9 @@ class FakeConnection:
         self.on_message: Callable[[str, bytes], None] = lambda _topic, _payload: None
         self.on_connected: Callable[[], None] = lambda: None
 
-    async def open(self) -> None:
+    connected = True
+
+    async def open(self, *, patient: bool = False) -> None:
         self.on_connected()
 
     async def close(self) -> None:
@@ -66,6 +68,9 @@ class Listener:
 
     def on_presence(self, device: str) -> None:
         self.told.append(("presence", device))
+
+    def is_known(self, device: str) -> bool:
+        return True
 
     def is_counted(self, update: str) -> bool:
         return False
@@ -122,6 +127,51 @@ def test_the_announcement_is_retained_and_given_to_a_broker_that_forgot(tmp_path
         assert (TOPICS.run, announcement.encode(), True) in first
         connection.on_connected()
         assert connection.published == first * 2
+
+    asyncio.run(play())
+
+
+def test_the_fleet_is_reminded_of_the_run_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_module, "REMIND_SECONDS", 0.05)
+
+    async def play() -> None:
+        gateway, connection = await opened(tmp_path)
+        gateway.remind()
+        assert connection.published == [], "there is no run yet"
+        gateway.announce(RunAnnouncement(run="c" * 32, state="open", chunk_size=1024))
+        for _ in range(3):
+            gateway.remind()
+        assert len(connection.published) == 1
+        await asyncio.sleep(0.06)
+        for _ in range(3):
+            gateway.remind()
+        assert connection.published[1:] == connection.published[:1]
+        monkeypatch.setattr(gateway_module, "REMIND_SECONDS_PER_DEVICE", 60)
+        connection.on_message(TOPICS.presence("phone"), presence())
+        await asyncio.sleep(0.06)
+        gateway.remind()
+        assert len(connection.published) == 2, "the more devices answer, the rarer"
+
+    asyncio.run(play())
+
+
+def test_an_offer_of_a_device_that_is_not_known_asks_for_its_presence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_module, "REMIND_SECONDS", 0)
+
+    async def play() -> None:
+        gateway, connection = await opened(tmp_path)
+        gateway.announce(RunAnnouncement(run="c" * 32, state="open", chunk_size=1024))
+        gateway.listen(Listener())
+        connection.on_message(TOPICS.offer("phone"), OFFER.encode())
+        told = [topic for topic, _, _ in connection.published]
+        assert told == [TOPICS.run, TOPICS.run, TOPICS.receipt("phone")]
+        connection.on_message(TOPICS.presence("phone"), presence())
+        connection.on_message(TOPICS.offer("phone"), OFFER.encode())
+        assert [topic for topic, _, _ in connection.published[3:]] == [TOPICS.receipt("phone")]
 
     asyncio.run(play())
 

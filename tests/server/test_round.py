@@ -74,6 +74,7 @@ class Fleet:
         self.listener: RoundListener | None = None
         self.leases: list[tuple[str, Lease]] = []
         self.receipts: dict[str, str] = {}
+        self.reminders = 0
         self.plan = PLAN
         self.encoding = UpdateEncoding()
         self.ledger.begin_stage(0, "block")
@@ -86,6 +87,9 @@ class Fleet:
         self.leases.append((device, lease))
         behave = self.behaviours.get(device, finish)
         asyncio.get_running_loop().call_soon(behave, self, device, lease)
+
+    def remind(self) -> None:
+        self.reminders += 1
 
     @property
     def asked(self) -> list[str]:
@@ -286,6 +290,41 @@ def test_a_device_that_failed_is_asked_again_only_when_it_is_forgiven(tmp_path: 
         current.forgive()
         await current.run(iter(NAMES))
         assert len(fleet.asked) == 3
+
+    asyncio.run(play())
+
+
+def test_collecting_waits_reminds_and_forgives_until_there_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_module, "FORGIVE_SECONDS", 0.1)
+
+    def fail_once(fleet: Fleet, device: str, lease: Lease) -> None:
+        (answer("failed") if fleet.asked.count(device) == 1 else finish)(fleet, device, lease)
+
+    async def play() -> None:
+        fleet = Fleet(tmp_path, {NAMES[0]: fail_once})
+        fleet.join(NAMES[0])
+        asyncio.get_running_loop().call_later(0.2, fleet.join, NAMES[1])
+        current = fleet.round(devices=2)
+        orders = iter([NAMES[:1]] * 2)
+        assert await current.collect(lambda: next(orders, NAMES[:2]), 2, patience_seconds=3)
+        assert sorted(fleet.asked) == [NAMES[0], NAMES[0], NAMES[1]]
+        assert fleet.reminders > 1
+        assert_same(fleet.aggregator.result(), mean_of(NAMES[:2]))
+
+    asyncio.run(play())
+
+
+def test_collecting_gives_up_when_nobody_comes(tmp_path: Path) -> None:
+    async def play() -> None:
+        fleet = Fleet(tmp_path)
+        fleet.join(NAMES[0])
+        current = fleet.round(devices=2)
+        began = asyncio.get_running_loop().time()
+        assert not await current.collect(lambda: NAMES[:1], 2, patience_seconds=0.3)
+        assert asyncio.get_running_loop().time() - began >= 0.3
+        assert len(current.metrics) == 1
 
     asyncio.run(play())
 

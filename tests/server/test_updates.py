@@ -23,6 +23,10 @@ class FakeJudge:
         self.counted: dict[str, bytes] = {}
         self.settled: set[str] = set()
         self.verdict = ""
+        self.strangers: set[str] = set()
+
+    def is_known(self, device: str) -> bool:
+        return device not in self.strangers
 
     def is_counted(self, update: str) -> bool:
         return update in self.counted
@@ -86,6 +90,19 @@ def test_an_update_is_received_chunk_by_chunk_in_any_order(
     assert judge.counted == {UPDATE: content}
     assert receiver.on_offer("device", offer).state == "done"
     assert judge.counted == {UPDATE: content}
+
+
+def test_an_update_waits_for_its_devices_presence_and_is_not_rejected(
+    receiver: UpdateReceiver, judge: FakeJudge
+) -> None:
+    offer = offer_of(b"update")
+    judge.strangers.add("device")
+    assert receiver.on_offer("device", offer).state == "wait"
+    judge.strangers.clear()
+    assert receiver.on_offer("device", offer).state == "have"
+    receiver.on_chunk("device", UPDATE, 0, b"update")
+    judge.strangers.add("device")
+    assert receiver.on_offer("device", offer).state == "done", "what is counted stays counted"
 
 
 def test_a_restarted_receiver_asks_for_the_rest_only(

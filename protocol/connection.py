@@ -24,6 +24,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 from frostline.protocol.errors import BrokerUnreachable, UsageError
 
 KEEPALIVE_SECONDS = 30
+KEEPALIVE_CHECK_SECONDS = 5.0
+"""How late a ping may be; a broker waits for half a keepalive longer than one, and a thousand clients share a core."""
 CONNECT_TIMEOUT_SECONDS = 10.0
 RECONNECT_SECONDS = (1.0, 60.0)
 
@@ -255,7 +257,7 @@ class Connection:
 
     async def _keep_alive(self) -> None:
         while True:
-            await asyncio.sleep(1)
+            await asyncio.sleep(KEEPALIVE_CHECK_SECONDS)
             self._client.loop_misc()
 
     def _attach(self) -> None:

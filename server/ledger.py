@@ -6,7 +6,7 @@ Each method is one transaction. A run has a file of its own, or a database of it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,15 @@ class AcceptedUpdate:
     content: BlobReference
     metrics: TrainingMetrics
     observation: str = "{}"
+
+
+@dataclass(frozen=True)
+class NewLease:
+    """A lease that is about to be sent; `width` is that of the form of the stage."""
+
+    lease: str
+    device: str
+    width: float = 1.0
 
 
 def sqlite_url(path: Path) -> URL:
@@ -288,10 +297,13 @@ class Ledger:
             ):
                 lease.state = "expired"
 
-    def add_lease(self, lease: str, number: int, device: str, width: float = 1.0) -> None:
-        """Record a lease before it is sent."""
+    def add_leases(self, number: int, leases: Iterable[NewLease]) -> None:
+        """Record leases of a round before they are sent; all of them or none."""
         with self._write() as session:
-            session.add(LeaseRow(lease=lease, round=number, device=device, state="open", width=width))
+            session.add_all(
+                LeaseRow(lease=new.lease, round=number, device=new.device, state="open", width=new.width)
+                for new in leases
+            )
 
     def settle_lease(self, lease: str, state: str, reason: str = "") -> None:
         """Record how a lease ended."""

@@ -19,7 +19,7 @@ from frostline.server.aggregation import Aggregator
 from frostline.server.config import RunConfig
 from frostline.server.fleet import Fleet
 from frostline.server.history import Observation, sketch_of
-from frostline.server.ledger import AcceptedUpdate, Ledger, LedgerUnavailable
+from frostline.server.ledger import AcceptedUpdate, Ledger, LedgerUnavailable, NewLease
 
 OFFLINE_GRACE_SECONDS = 10.0
 """How long a device with a lease may be gone before another takes its place."""
@@ -165,11 +165,7 @@ class Round:
                     for lease in list(self._open):
                         self._settle(lease, "surplus", "the round has enough updates")
                     return
-                while len(self.metrics) + len(self._open) < wanted + self._plan.surplus:
-                    device = next(candidates, None)
-                    if device is None:
-                        break
-                    self._ask(device)
+                self._ask(candidates, wanted + self._plan.surplus - len(self.metrics) - len(self._open))
                 if not self._open:
                     return
                 await wait_for_change(self._fleet.changed)
@@ -283,17 +279,26 @@ class Round:
         """The form of that width which takes least; the same tensors are trained in all of a width."""
         return [offer for offer in self._plan.offers if offer.width == width][-1]
 
-    def _ask(self, device: str) -> None:
-        offer = self._variant_for(device)
-        if device in self._barred or offer is None:
+    def _ask(self, candidates: Iterator[str], count: int) -> None:
+        """Lease the stage to the next `count` candidates that can train it: journalled together, then sent."""
+        asked: dict[str, _OpenLease] = {}
+        while len(asked) < count and (device := next(candidates, None)) is not None:
+            offer = self._variant_for(device)
+            if device not in self._barred and offer is not None:
+                session = self._fleet.devices[device].presence.session
+                lease = os.urandom(16).hex()
+                asked[lease] = self._lease(lease, device, offer, session)
+                self._barred.add(device)
+        if not asked:
             return
-        lease = os.urandom(16).hex()
-        session = self._fleet.devices[device].presence.session
-        self._asked.add(device)
-        self._barred.add(device)
-        self._open[lease] = self._lease(lease, device, offer, session)
-        self._ledger.add_lease(lease, self._plan.number, device, offer.width)
-        self._send(self._open[lease])
+        self._ledger.add_leases(
+            self._plan.number,
+            [NewLease(lease, held.device, held.offer.width) for lease, held in asked.items()],
+        )
+        for lease, held in asked.items():
+            self._asked.add(held.device)
+            self._open[lease] = held
+            self._send(held)
 
     def _send(self, lease: _OpenLease) -> None:
         lease.wait_for_answer(_now())

@@ -7,7 +7,7 @@ from typing import Any
 
 from frostline.protocol.messages import BlobReference, Presence, TrainingMetrics
 from frostline.server.history import FleetHistory, Observation
-from frostline.server.ledger import AcceptedUpdate, Ledger
+from frostline.server.ledger import AcceptedUpdate, Ledger, NewLease
 
 REFERENCE = BlobReference(sha256="0" * 64, size=1)
 METRICS = set(TrainingMetrics.model_fields)
@@ -30,7 +30,7 @@ class Past:
         for device, ended in devices.items():
             self.leases += 1
             lease = f"{self.leases:032x}"
-            self.ledger.add_lease(lease, number, device)
+            self.ledger.add_leases(number, [NewLease(lease, device)])
             if isinstance(ended, str):
                 self.ledger.settle_lease(lease, ended)
                 continue

@@ -13,6 +13,7 @@ import pytest
 from frostline.protocol.manifest import TensorSpec
 from frostline.protocol.tensors import Array
 from frostline.server.history import SKETCH, DeviceHistory, FleetHistory, sketch_of
+from frostline.server.ledger import NewLease
 from tests.server.builders import offered, online, stage_manifest
 from tests.server.past import REFERENCE, Past
 
@@ -156,7 +157,7 @@ def test_a_history_read_from_the_ledger_is_the_one_that_was_learned(past: Past) 
     past.round(a={**shown, "seconds": 1.0, "sketch": [0.0, 1.0]}, b={**shown, "loss": 1e-3}, d="surplus")
     past.round(a="expired", c={**shown, "squared_loss": 4.0})
     past.ledger.open_round(3, 0, REFERENCE)
-    past.ledger.add_lease("f" * 32, 3, "e")
+    past.ledger.add_leases(3, [NewLease("f" * 32, "e")])
     read = FleetHistory.read(past.ledger, past.presences)
     assert figures(read) == figures(past.history)
     assert read.dropout == past.history.dropout > 0

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from frostline.protocol.errors import UsageError
 from frostline.protocol.manifest import PlannedMemory
 from frostline.protocol.messages import BlobReference, TrainingMetrics
-from frostline.server.ledger import AcceptedUpdate, Ledger, LedgerUnavailable, postgresql_url
+from frostline.server.ledger import AcceptedUpdate, Ledger, LedgerUnavailable, NewLease, postgresql_url
 from tests.server.builders import planned
 from tests.server.postgresql import PostgreSQL, find_programs, running
 
@@ -83,8 +83,7 @@ def in_round(ledger: Ledger) -> Ledger:
     """A ledger with round 0 open and leases 1 and 2 in it."""
     ledger.begin_stage(0, "stem")
     ledger.open_round(0, 0, reference(0))
-    ledger.add_lease(identifier(1), 0, "phone")
-    ledger.add_lease(identifier(2), 0, "board")
+    ledger.add_leases(0, [NewLease(identifier(1), "phone"), NewLease(identifier(2), "board")])
     return ledger
 
 
@@ -142,7 +141,7 @@ def test_a_reopened_stage_and_those_behind_it_go_on_as_if_they_were_new_to_be_wa
 
 
 def test_a_lease_is_of_a_width(in_round: Ledger) -> None:
-    in_round.add_lease(identifier(3), 0, "narrow", 0.25)
+    in_round.add_leases(0, [NewLease(identifier(3), "narrow", 0.25)])
     assert [row.width for row in in_round.leases(0)] == [1.0, 1.0, 0.25]
 
 
@@ -185,9 +184,9 @@ def test_opening_a_known_round_changes_nothing(ledger: Ledger) -> None:
 
 
 def test_closing_a_round_expires_only_its_open_leases(in_round: Ledger) -> None:
-    in_round.add_lease(identifier(3), 0, "third")
+    in_round.add_leases(0, [NewLease(identifier(3), "third")])
     in_round.open_round(1, 0, reference(1))
-    in_round.add_lease(identifier(4), 1, "phone")
+    in_round.add_leases(1, [NewLease(identifier(4), "phone")])
     in_round.add_update(accepted(9, 1), 0)
     in_round.settle_lease(identifier(2), "refused", "low battery")
     in_round.close_round(0, reference(1), reference(2))
@@ -201,9 +200,11 @@ def test_closing_a_round_expires_only_its_open_leases(in_round: Ledger) -> None:
 
 def test_a_lease_is_added_once_and_to_a_known_round(in_round: Ledger) -> None:
     with pytest.raises(IntegrityError):
-        in_round.add_lease(identifier(1), 0, "another")
+        in_round.add_leases(0, [NewLease(identifier(1), "another")])
     with pytest.raises(IntegrityError):
-        in_round.add_lease(identifier(3), 7, "phone")
+        in_round.add_leases(7, [NewLease(identifier(3), "phone")])
+    with pytest.raises(IntegrityError):
+        in_round.add_leases(0, [NewLease(identifier(3), "third"), NewLease(identifier(1), "another")])
     with pytest.raises(SQLAlchemyError):
         in_round.settle_lease(identifier(3), "failed")
     assert [(row.lease, row.device) for row in in_round.leases(0)] == [
@@ -272,9 +273,9 @@ class CountingOnce(RuleBasedStateMachine):
     def grant(self, lease: int) -> None:
         if lease in self.leases:
             with pytest.raises(IntegrityError):
-                self.ledger.add_lease(identifier(lease), 0, "phone")
+                self.ledger.add_leases(0, [NewLease(identifier(lease), "phone")])
         else:
-            self.ledger.add_lease(identifier(lease), 0, "phone")
+            self.ledger.add_leases(0, [NewLease(identifier(lease), "phone")])
             self.leases[lease] = "open"
 
     @rule(update=st.integers(11, 13), lease=st.integers(1, 3))
@@ -322,7 +323,7 @@ TestCountingOnce.settings = settings(max_examples=12, stateful_step_count=15, de
 WRITER = """
 import sys
 from frostline.protocol.messages import BlobReference, TrainingMetrics
-from frostline.server.ledger import AcceptedUpdate, Ledger
+from frostline.server.ledger import AcceptedUpdate, Ledger, NewLease
 
 ledger = Ledger(sys.argv[1])
 content = BlobReference(sha256="0" * 64, size=1)
@@ -331,7 +332,7 @@ ledger.begin_stage(0, "stem")
 ledger.open_round(0, 0, content)
 for number in range(100_000):
     name = f"{number:032x}"
-    ledger.add_lease(name, 0, "phone")
+    ledger.add_leases(0, [NewLease(name, "phone")])
     ledger.add_update(AcceptedUpdate(name, name, "phone", content, metrics), 0)
     print(name, flush=True)
 """
@@ -355,7 +356,7 @@ def test_a_killed_writer_leaves_every_update_it_acknowledged(database: URL) -> N
     assert len(found) - len(acknowledged) in (0, 1)
     states = {row.lease: row.state for row in ledger.leases(0)}
     assert all(states[update] == "done" for update in found)
-    ledger.add_lease("f" * 32, 0, "phone")
+    ledger.add_leases(0, [NewLease("f" * 32, "phone")])
     ledger.close()
 
 
@@ -363,8 +364,8 @@ def test_a_killed_server_of_postgresql_keeps_what_was_acknowledged(server: Postg
     ledger = Ledger(postgresql_url(server.url()))
     ledger.begin_stage(0, "stem")
     ledger.open_round(0, 0, reference(0))
-    ledger.add_lease(identifier(1), 0, "phone")
-    ledger.add_lease(identifier(2), 0, "board")
+    ledger.add_leases(0, [NewLease(identifier(1), "phone")])
+    ledger.add_leases(0, [NewLease(identifier(2), "board")])
     ledger.add_update(accepted(9, 1), 0)
     server.stop("immediate")
     with pytest.raises(LedgerUnavailable, match="go on with --resume"):
@@ -381,7 +382,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
     ledger.begin_stage(0, "stem")
     ledger.open_round(0, 0, reference(0))
     for number in range(200):
-        ledger.add_lease(identifier(number), 0, "phone")
+        ledger.add_leases(0, [NewLease(identifier(number), "phone")])
     with ledger._engine.connect() as connection:
         pages = connection.execute(text("PRAGMA page_count")).scalar_one()
         # What a full disk looks like to SQLite; the pool has this one connection.

@@ -22,7 +22,7 @@ from frostline.server.aggregation import Aggregator
 from frostline.server.config import RunConfig
 from frostline.server.fleet import DeviceRecord, RoundListener
 from frostline.server.history import FleetHistory, Observation
-from frostline.server.ledger import Ledger
+from frostline.server.ledger import Ledger, NewLease
 from frostline.server.round import Round, RoundPlan
 from tests.server.builders import offered, online, stage_manifest
 
@@ -390,7 +390,7 @@ def test_a_lease_taken_up_for_an_absent_device_names_the_smallest_variant(tmp_pa
     async def play() -> None:
         fleet = Fleet(tmp_path)
         fleet.plan = replace(PLAN, offers=OFFERS)
-        fleet.ledger.add_lease("1" * 32, 0, "absent")
+        fleet.ledger.add_leases(0, [NewLease("1" * 32, "absent")])
         running = asyncio.create_task(fleet.round(devices=1).run(iter(())))
         await asyncio.sleep(0)
         fleet.join("absent", memory=OFFERS[1].manifest.planned.total)

@@ -136,6 +136,7 @@ class Agent:
         self._accepted = ""
         self._address = str(address).encode()
         self._entered = settings.state_folder / ENTERED
+        self._known = self._entered.is_file() and self._entered.read_bytes() == self._address
         self._state: State = "idle"
         self._saw_open = False
         self._over = asyncio.Event()
@@ -157,8 +158,7 @@ class Agent:
             self._connection.subscribe(topic)
         pending = self._outbox.pending()
         self._taken.update(offer.lease for offer in pending)
-        known = self._entered.is_file() and self._entered.read_bytes() == self._address
-        await self._connection.open(patient=known)
+        await self._connection.open(patient=self._known)
         if not self._connection.connected:
             self._notify("idle", f"waiting for broker {self._address.decode()}")
         try:
@@ -189,8 +189,10 @@ class Agent:
 
     def _on_connected(self) -> None:
         self._notify(self._state, "connected")
-        with contextlib.suppress(OSError):  # A full disk keeps no device from working.
-            self._entered.write_bytes(self._address)
+        if not self._known:
+            with contextlib.suppress(OSError):  # A full disk keeps no device from working.
+                self._entered.write_bytes(self._address)
+            self._known = True
         self._announce()
 
     def _on_message(self, topic: str, payload: bytes) -> None:

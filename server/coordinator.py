@@ -23,7 +23,7 @@ from frostline.server.offering import StageOffers
 from frostline.server.pace import PaceController, PaceReading
 from frostline.server.records import RoundRecord, RunSummary, StageRecord
 from frostline.server.report import write_report
-from frostline.server.round import Round, RoundPlan, wait_for_change
+from frostline.server.round import Round, RoundPlan, loop_time, wait_for_change
 from frostline.server.round_selection import RoundSelection
 from frostline.server.run_folder import RunFolder
 from frostline.server.schedule import Schedule
@@ -151,11 +151,11 @@ class Coordinator:
     async def _gather(self) -> None:
         """Give the fleet time to join, so that the first round is not trained by whoever came first."""
         wanted = self._config.rounds.devices
-        deadline = _now() + self._config.rounds.join_seconds
+        deadline = loop_time() + self._config.rounds.join_seconds
         self._observer.on_note(
             f"waiting for {wanted} devices, at most {self._config.rounds.join_seconds:.0f} s"
         )
-        while len(self._online()) < wanted and _now() < deadline:
+        while len(self._online()) < wanted and loop_time() < deadline:
             self._fleet.remind()
             await wait_for_change(self._fleet.changed)
 
@@ -262,7 +262,7 @@ class Coordinator:
 
     async def _run_round(self, run: str, index: int, progress: _StageProgress) -> None:
         number = self._ledger.rounds()
-        started = _now()
+        started = loop_time()
         await progress.offers.widen([presence for presence in self._online() if presence.samples])
         self._ledger.open_round(number, index, progress.weights_reference)
         forms = {offer.width: offer.manifest for offer in progress.offers.offers}
@@ -298,7 +298,7 @@ class Coordinator:
         accuracy = await asyncio.to_thread(self._schedule.accuracy, index, progress.weights)
         pace_reference = store_arrays(self._weights, progress.pace.snapshot())
         if number > self._last_recorded:
-            self._record(current, plan, reading, accuracy, index, progress, _now() - started)
+            self._record(current, plan, reading, accuracy, index, progress, loop_time() - started)
         replaced = {before.sha256: before}
         if (last_pace := self._ledger.last_pace(index)) is not None:
             replaced[last_pace.sha256] = last_pace
@@ -417,8 +417,3 @@ class Coordinator:
         write_report(self._folder, summary, records, self._config_text)
         self._ledger.finish()
         return summary
-
-
-def _now() -> float:
-    """The loop's clock, which may be a simulated one."""
-    return asyncio.get_running_loop().time()

@@ -132,21 +132,21 @@ class Round:
         bool
             False if for `patience_seconds` nobody was asked and nothing came.
         """
-        waiting_since = forgiven = _now()
+        waiting_since = forgiven = loop_time()
         while True:
             before = self.asked, len(self.metrics)
             await self.run(iter(order()))
             if (self.asked, len(self.metrics)) != before:
-                waiting_since = _now()
+                waiting_since = loop_time()
             if len(self.metrics) >= minimum:
                 return True
-            if _now() - waiting_since >= patience_seconds:
+            if loop_time() - waiting_since >= patience_seconds:
                 return False
             self._fleet.remind()
             await wait_for_change(self._fleet.changed)
-            if _now() - forgiven >= FORGIVE_SECONDS:
+            if loop_time() - forgiven >= FORGIVE_SECONDS:
                 # Whoever failed may be all there is, and may have mended what was wrong.
-                forgiven = _now()
+                forgiven = loop_time()
                 self.forgive()
 
     async def run(self, candidates: Iterator[str]) -> None:
@@ -247,7 +247,7 @@ class Round:
     def _observe(self, lease: _OpenLease, offer: UpdateOffer, tensors: Mapping[str, Array]) -> Observation:
         return Observation(
             flops=lease.offer.manifest.flops,
-            turnaround_seconds=_now() - lease.sent,
+            turnaround_seconds=loop_time() - lease.sent,
             transferred_bytes=self._plan.weights[lease.offer.width].size + offer.content.size,
             sketch=sketch_of(tensors, self._plan.last_layer, self._config.run.seed),
         )
@@ -301,7 +301,7 @@ class Round:
             self._send(held)
 
     def _send(self, lease: _OpenLease) -> None:
-        lease.wait_for_answer(_now())
+        lease.wait_for_answer(loop_time())
         self._fleet.send_lease(lease.device, lease.message)
 
     def _variant_for(self, device: str) -> OfferedStage | None:
@@ -324,10 +324,10 @@ class Round:
             encoding=self._encoding,
             deadline_seconds=self._plan.deadline_seconds,
         )
-        return _OpenLease(device, message, _now(), session, offer)
+        return _OpenLease(device, message, loop_time(), session, offer)
 
     def _expire(self) -> None:
-        now = _now()
+        now = loop_time()
         for lease, held in list(self._open.items()):
             record = self._fleet.devices.get(held.device)
             if now >= held.sent + self._plan.deadline_seconds:
@@ -349,7 +349,7 @@ class Round:
             self.notes.append(f"{held.device}: {state}: {reason}")
 
 
-def _now() -> float:
+def loop_time() -> float:
     """The loop's clock, which may be a simulated one."""
     return asyncio.get_running_loop().time()
 

@@ -23,7 +23,9 @@ def test_a_run_in_a_storm_counts_what_a_run_in_peace_counts(tmp_path: Path) -> N
     assert (figures["lost"], figures["double_counted"], figures["finished"]) == (0, 0, True), figures
     assert result.returncode == 0
     assert figures["tracebacks"] == 0, [p.read_text() for p in (tmp_path / "runs").rglob("*.log")]
-    assert figures["acknowledged"] == figures["updates"] == 2 * 3 * 10
+    assert figures["updates"] == 2 * 3 * 10
+    # A last round's receipt may be lost, and the server gone before the device asks again.
+    assert figures["updates"] - 10 <= figures["acknowledged"] <= figures["updates"]
     assert figures["injected"] >= 40
     killed = {"server_killed", "broker_killed", "devices_killed"}
     assert killed | {"duplicated", "reordered", "truncated", "bit_flipped"} <= figures["by_class"].keys()

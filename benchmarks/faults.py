@@ -165,7 +165,7 @@ class Faults:
         return fault
 
     def note_receipts(self, message: Published) -> None:
-        """Remember what devices were told is counted."""
+        """Remember what devices are told is counted, whether they hear it or not."""
         if state_of(message) == "receipt" and not message.to_broker:
             with contextlib.suppress(ValueError):
                 receipt = json.loads(message.payload)
@@ -251,10 +251,8 @@ class Trial:
         faults = self._faults
 
         def choose(message: Published) -> Fault | None:
-            fault = faults.choose(message)
-            if fault is None:
-                faults.note_receipts(message)
-            return fault
+            faults.note_receipts(message)
+            return faults.choose(message)
 
         link = FaultyLink(address.host, address.port, choose, seed=len(self._links))
         await link.open()

@@ -35,6 +35,7 @@ from typing import Annotated, Any
 import numpy as np
 import psutil
 import typer
+from delivery import stage_of
 from rich.console import Console
 from rich.table import Table
 
@@ -44,8 +45,7 @@ from frostline.device_runtime.worker import Workers
 from frostline.emulator.broker import EmbeddedBroker
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.connection import BrokerAddress
-from frostline.protocol.manifest import PlannedMemory, Program, StageManifest, TensorSpec
-from frostline.protocol.messages import BlobReference, RunAnnouncement
+from frostline.protocol.messages import RunAnnouncement
 from frostline.protocol.topics import Topics
 from frostline.server.admission import OfferedStage
 from frostline.server.aggregation import Aggregator
@@ -60,8 +60,8 @@ CHUNK = 64 * 1024
 AGENT_PROCESSES = 2
 CONNECTING = 100
 """Agents that connect at a time."""
-BUDGET, NEEDED = 1000, 2000
-"""Bytes that agents say they have, and that the stage turns out to need."""
+BUDGET = 1000
+"""Bytes that agents say they have."""
 
 
 def limit_files() -> None:
@@ -151,36 +151,6 @@ def serve(url: str, asked: int, pipe: Any) -> None:
         asyncio.run(_serve(Path(folder), url, asked, pipe))
 
 
-def too_large() -> StageManifest:
-    """A stage that fits no agent's budget, which the server does not know."""
-    program = Program(
-        file=BlobReference(sha256="0" * 64, size=1),
-        inputs=[TensorSpec(name="x", shape=(1, 2))],
-        outputs=[],
-        arena_bytes=0,
-    )
-    fields = dict.fromkeys(("parameters", "statistics", "optimizer_state", "received", "batch", "program"), 0)
-    return StageManifest(
-        stage=0,
-        stages=1,
-        name="stage",
-        engine="onnxruntime",
-        variant="whole",
-        batch=1,
-        micro_batches=1,
-        classes=2,
-        parameters=[TensorSpec(name="block.w", shape=(2,))],
-        statistics=[],
-        optimizer_state=[],
-        received=[],
-        training=program,
-        update=None,
-        evaluation=program,
-        prefix=[],
-        planned=PlannedMemory(arena=NEEDED, **fields),
-    )
-
-
 async def _serve(folder: Path, url: str, asked: int, pipe: Any) -> None:
     gateway = Gateway(BrokerAddress.parse(url), TOPICS, CHUNK, BlobStore(folder / "updates"))
     await gateway.open()
@@ -210,10 +180,11 @@ async def _serve(folder: Path, url: str, asked: int, pipe: Any) -> None:
 
 
 async def _ask_all(gateway: Gateway, folder: Path, asked: int) -> float:
-    manifest = too_large()
+    admitted = stage_of(2)
+    # What it really needs, the server does not know; no agent has as much.
+    planned = admitted.planned.model_copy(update={"arena": 2 * BUDGET})
     weights = gateway.content.offer(b"weights")
-    real = gateway.content.offer(manifest.encode())
-    admitted = manifest.model_copy(update={"planned": manifest.planned.model_copy(update={"arena": 0})})
+    real = gateway.content.offer(admitted.model_copy(update={"planned": planned}).encode())
     ledger = Ledger(sqlite_url(folder / "ledger.sqlite"))
     ledger.begin_stage(0, "stage")
     ledger.open_round(0, 0, weights)

@@ -96,7 +96,7 @@ def export(
     frozen blocks before it and its initial weights.
     """
     from frostline.exporter.artifact import ExportOptions
-    from frostline.exporter.cutting import cut
+    from frostline.exporter.cutting import Cutter
     from frostline.exporter.models.lookup import build_model
     from frostline.exporter.optimizer import build_optimizer
     from frostline.exporter.planning import BudgetPlanner, balanced_cuts
@@ -115,15 +115,14 @@ def export(
 
     console = Console(stderr=True)
     with console.status(f"cutting {model}") as status:
+        cutter = Cutter(spec.module, spec.example(2), spec.vocabulary, spec.classes)
         if budget is None:
-            parts = cut(spec.module, _blocks(blocks or "4"), spec.example(2), spec.vocabulary)
+            parts = cutter.cut(_blocks(blocks or "4"))
             compiled = _compile(parts, options, seed, kind, status.update)
         else:
-            given = (
-                [cut(spec.module, _blocks(blocks), spec.example(batch), spec.vocabulary)] if blocks else None
-            )
+            cuts = [cutter.cut(_blocks(blocks))] if blocks else balanced_cuts(cutter)
             planner = BudgetPlanner(options, budget, seed, status.update, kind)
-            fitted = planner.fit(given or balanced_cuts(spec, batch))
+            fitted = planner.fit(cuts)
             parts, compiled = fitted.cut, fitted.stages
         rows = _write(parts, compiled, options, seed, kind, out, int8=prefix == "int8")
     if as_json:

@@ -18,7 +18,7 @@ from frostline.exporter.layout import Layout
 from frostline.exporter.lowering_cache import LoweringCache
 from frostline.exporter.onnxruntime_training_target import OnnxRuntimeTrainingTarget
 from frostline.exporter.optimizer import SGD, Optimizer
-from frostline.exporter.parity import Parity, check_parity, train_lowered
+from frostline.exporter.parity import Parity, check_evaluation, check_parity, train_lowered
 from frostline.exporter.stage import Stage
 from frostline.exporter.support import check_dtypes, explain
 from frostline.exporter.target import LoweredProgram, Target
@@ -112,6 +112,7 @@ def compile_stage(
         )
         train = partial(train_lowered, options.target, programs.training, programs.update, tensors)
         parity = check_parity(stage, options, variant.micro_batches, train)
+        check_evaluation(stage, options, programs.evaluation, tensors)
         flops = step_flops(stage, options.batch, recompute=variant.recompute)
     manifest = _manifest(stage, options, variant, prefix, tensors, programs, flops)
     contents = {reference_to(p.content).sha256: p.content for p in programs.all}

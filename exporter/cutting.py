@@ -1,37 +1,33 @@
 """Cuts a model into a chain of blocks and a head, by the names of its children or into a number of blocks.
 
-A cut is a place where exactly one tensor passes from what ran before to what runs after. What runs between two cuts
-is a block, so a stem joins the first block; what runs after the last cut is the head. The parts are built over the
-model's own children and keep its qualified tensor names.
+What runs between two boundaries is a block, so a stem joins the first block; what runs after the last boundary is the head.
+The parts are sliced out of what the model was captured to compute, in training and in evaluation, keep its qualified tensor
+names, and are shown to do together what the model does.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import pairwise
 
 import torch
-from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd
+from torch import Tensor, nn
 
-from frostline.exporter.support import check_values
-from frostline.exporter.tracing import TracedModel, describe, find_attribute, shape_read, trace
-from frostline.protocol.errors import UsageError
+from frostline.exporter.boundaries import Layout, automatic_ends, most_blocks
+from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, is_size, place_of
+from frostline.exporter.inputs import random_inputs
+from frostline.exporter.part import Boundary, Captures, Feature, Part, Span, handed_on, register, tensors_of
+from frostline.exporter.semantics import Observation, check_same, close, observe
+from frostline.exporter.support import check_model
+from frostline.protocol.errors import UsageError, first_line
 
-STATE_PER_PARAMETER = 3
-"""Bytes a parameter costs in training over its own: the value, its gradient and one momentum."""
+WHOLE_MODEL = "model"
+"""The name of a block that is all of the model."""
 
-FEATURE_DIMENSIONS = 3
-"""Fewest dimensions of a tensor that is cut without being told to: batch, channels and at least one more."""
-
-FIXED_TENSORS = "fixed_tensors"
-"""Child of a part that holds the tensors its steps use but its state does not include."""
+CAPTURED_BATCH = 3
+"""Samples in the batch a model is captured on: its code may not tell them from channels, or from one."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +37,24 @@ class Block:
     Attributes
     ----------
     name
-        Qualified name of the child whose output ends the block, or of the operator where no child ends there.
+        Qualified name of the child whose output ends the block, and the operators that follow it, such as ``conv2+add``.
     module
         One tensor (batch, \*input_shape) in, one (batch, \*output_shape) out, for any batch size; float, but for the
         first block of a model that takes token ids.
     input_shape, output_shape
         Shape of one sample.
+    inputs, outputs
+        The values that cross the boundaries. A single float one is handed on as it is, others side by side in one tensor.
     vocabulary
         Where the input is token ids, int64, how many there are; ``None`` where it is float.
     """
 
     name: str
-    module: fx.GraphModule
+    module: Part
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
     vocabulary: int | None = None
 
 
@@ -67,62 +67,157 @@ class CutModel:
     blocks
         At least one.
     head
-        Takes (batch, \*blocks[-1].output_shape), returns what the model returns.
+        Takes (batch, \*blocks[-1].output_shape), returns what the model returns. Empty where a single block is all of the
+        model.
+    classes
+        Width of the logits.
     """
 
     blocks: tuple[Block, ...]
-    head: fx.GraphModule
+    head: nn.Module
+    classes: int
 
 
 def cut(
-    module: nn.Module, blocks: int | Sequence[str], example: torch.Tensor, vocabulary: int | None = None
+    module: nn.Module,
+    blocks: int | Sequence[str],
+    example: Tensor,
+    vocabulary: int | None = None,
+    classes: int | None = None,
 ) -> CutModel:
     """Cut ``module`` into blocks and a head that share its parameters and buffers.
 
     Parameters
     ----------
     module
-        A model of one tensor in, one tensor out. It is run once on ``example`` and not changed.
+        A model of one tensor in, one tensor out. It is run on batches like ``example`` and not changed.
     blocks
-        The qualified names of the children whose outputs end the blocks, in the order they run; or how many blocks
-        to make, in which case the head is what follows the last features and the largest block is made as cheap as
-        possible. A block costs its layers' and functions' output bytes at ``example``, which training keeps for the
-        backward pass, and three times its parameter bytes.
+        The qualified names of the children whose outputs end the blocks, in the order they run, each with the operators
+        behind it that still belong to the block, as in ``conv1+relu``; or how many blocks to make, see
+        `frostline.exporter.boundaries`.
     example
         One batch of input on the model's device, the batch as the first dimension.
     vocabulary
         Number of token ids; needed where ``example`` is int64.
-
-    Returns
-    -------
-    CutModel
-        Parts whose ``state_dict`` names are the model's own and together make up its whole ``state_dict``.
+    classes
+        How many classes there are, if that is known: the logits have to be as wide.
 
     Raises
     ------
     UsageError
-        A name is unknown, repeated or out of order; a cut is crossed by anything but one tensor; there are fewer
-        places to cut than asked for; a parameter is used by two parts or by none; a block has nothing to train; or
-        the model cannot be traced or holds what no stage can train, see `frostline.exporter.support`.
+        A name is unknown, repeated or out of order; a boundary cannot be handed on; there are fewer places to cut than
+        asked for; a parameter is used by two parts; a block has nothing to train; the parts do not do what the model
+        does; or the model cannot be captured or holds what no stage can train, see `frostline.exporter.support`.
     """
-    names = () if isinstance(blocks, int) else tuple(blocks)
-    _check_request(module, blocks, names)
-    _check_vocabulary(module, example, vocabulary)
-    check_values(module, example)
-    traced = trace(module, example, whole=names)
-    layout = _Layout(traced)
-    if isinstance(blocks, int):
-        ends = _balanced_ends(layout, blocks)
-        names = tuple(_name_of(traced, traced.steps[end]) for end in ends)
-    else:
-        ends = [_end_of(layout, name) for name in names]
-        _check_order(names, ends)
-    for name, end in zip(names, ends, strict=True):
-        _check_crossing(layout, name, end)
-    return _assemble(layout, names, ends, vocabulary)
+    return Cutter(module, example, vocabulary, classes).cut(blocks)
 
 
-def _check_vocabulary(module: nn.Module, example: torch.Tensor, vocabulary: int | None) -> None:
+class Cutter:
+    """Cuts one model in any number of ways; it is captured once. The parameters are those of `cut`."""
+
+    def __init__(
+        self, module: nn.Module, example: Tensor, vocabulary: int | None = None, classes: int | None = None
+    ) -> None:
+        _check_vocabulary(module, example, vocabulary)
+        self._module, self._vocabulary = module, vocabulary
+        self._x = _batch_like(example, vocabulary)
+        check_model(module, self._x)
+        self._captures = Captures(module, self._x)
+        evaluated = self._captures.of(training=False)
+        made = self._captures.of(training=True)
+        self._whole = _observed(module, self._x)
+        _check_logits(module, self._whole.outputs, len(self._x), classes)
+        _check_counters(made, self._whole)
+        self.layout = Layout(made, tensors_of(module), self._whole.gradients.keys(), evaluated)
+
+    def cut(self, blocks: int | Sequence[str]) -> CutModel:
+        """The model in blocks, as `cut` takes them."""
+        module, layout = self._module, self.layout
+        names = () if isinstance(blocks, int) else tuple(blocks)
+        _check_request(module, blocks, names)
+        if isinstance(blocks, int):
+            ends = _automatic(layout, module, blocks)
+            boundaries = [layout.boundary(end) for end in ends]
+        else:
+            boundaries = [_named(layout, module, name) for name in names]
+            ends = [_end(layout, boundary) for boundary in boundaries]
+            _check_order(boundaries, ends)
+        parts = _assemble(self._captures, layout, boundaries, ends, self._vocabulary, self._whole)
+        try:
+            check_same(self._whole, _Chain(module, parts), self._x, type(module).__name__)
+        finally:
+            for part in _modules(parts):
+                part.train(module.training)
+        return parts
+
+
+def _batch_like(example: Tensor, vocabulary: int | None) -> Tensor:
+    """A batch of random input: zeros would hide what depends on it."""
+    random = torch.Generator().manual_seed(0)
+    return random_inputs(CAPTURED_BATCH, tuple(example.shape[1:]), vocabulary, random).to(example.device)
+
+
+def _observed(module: nn.Module, x: Tensor) -> Observation:
+    title = type(module).__name__
+    try:
+        seen, again = observe(module, x), observe(module, x)
+    except Exception as error:  # it runs the model's code, which may raise anything
+        raise UsageError(f"model {title} cannot be trained: {first_line(error)}") from error
+    changed = [name for name, tensor in module.named_parameters() if name in seen.written]
+    if changed:
+        raise UsageError(
+            f"the forward of model {title} changes parameter {changed[0]!r} in place: only the optimizer may, after the step"
+        )
+    if not close(seen.outputs, again.outputs) or not close(seen.evaluated, again.evaluated):
+        raise UsageError(
+            f"model {title} returns other values when the same batch comes again: a compiled step has no state beside its "
+            "tensors, such as a count in an attribute or random numbers of Python's"
+        )
+    return seen
+
+
+def _check_logits(module: nn.Module, outputs: Tensor, batch: int, classes: int | None) -> None:
+    title, shape = type(module).__name__, list(outputs.shape)
+    if len(shape) != 2 or shape[0] != batch:
+        raise UsageError(
+            f"model {title} returns shape {shape} for a batch of {batch}: it has to return logits (batch, classes), one row "
+            "a sample"
+        )
+    if not outputs.is_floating_point():
+        raise UsageError(
+            f"model {title} returns {str(outputs.dtype).removeprefix('torch.')}: return the logits"
+        )
+    if shape[1] < 2:
+        raise UsageError(
+            f"model {title} returns {shape[1]} logit a sample, whose cross-entropy is always 0: return one for each of at "
+            "least 2 classes"
+        )
+    if classes is not None and shape[1] != classes:
+        raise UsageError(
+            f"model {title} returns {shape[1]} logits a sample, but there are {classes} classes: correct the last layer or "
+            "the number of classes"
+        )
+
+
+def _check_counters(made: Capture, whole: Observation) -> None:
+    """Refuse whole numbers that a step counts and reads: devices hold and hand back float32 only."""
+    for node, name in made.tensors.items():
+        if name not in whole.written or whole.written[name].is_floating_point():
+            continue
+        counting = [user for user in node.users if is_in_place(user) or is_size(user)]
+        reads = [
+            each
+            for each in {*node.users, *(u for each in counting for u in each.users)}
+            if each not in counting
+        ]
+        if reads:
+            raise UsageError(
+                f"{place_of(reads[0])} reads buffer {name!r}, a {str(whole.written[name].dtype).removeprefix('torch.')} "
+                "that each step changes: devices keep float32 between steps; make it a float buffer"
+            )
+
+
+def _check_vocabulary(module: nn.Module, example: Tensor, vocabulary: int | None) -> None:
     if (example.dtype == torch.int64) != (vocabulary is not None):
         needed = (
             "needs a vocabulary" if vocabulary is None else f"has no use for a vocabulary of {vocabulary}"
@@ -143,398 +238,202 @@ def _check_request(module: nn.Module, blocks: int | Sequence[str], names: tuple[
         raise UsageError(f"no blocks are named for model {title}: name at least one of its children")
     known = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
     for index, name in enumerate(names):
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3) or [key for key, _ in module.named_children()]
+        path = _path(name)
+        if path and path not in known:
+            close = difflib.get_close_matches(path, known, n=3) or [key for key, _ in module.named_children()]
             raise UsageError(
-                f"model {title} has no block {name!r}: name one of its children, e.g. {', '.join(close)}"
+                f"model {title} has no block {path!r}: name one of its children, e.g. {', '.join(close)}"
             )
         if name in names[:index]:
             raise UsageError(f"block {name!r} of model {title} is named twice: name each block once")
 
 
-class _Layout:
-    """Where each value of a traced model is made and last used, and which tensors each step needs.
-
-    Parameters
-    ----------
-    traced
-        The model.
-    """
-
-    def __init__(self, traced: TracedModel) -> None:
-        self.traced = traced
-        self.position = {node: index for index, node in enumerate(traced.steps)}
-        self.position[traced.source] = -1
-        # Reading a shape ties a step to no place: every part can read the batch size off its own input.
-        self.values = [node for node in self.position if not traced.is_shape(node)]
-        self.last_use = {node: self._last_use(node) for node in self.values}
-        self.tensors = [self._tensors_of(node) for node in traced.steps]
-
-    def _last_use(self, node: fx.Node) -> int:
-        if node is self.traced.result:
-            return len(self.traced.steps)
-        return max((self.position[user] for user in self.readers(node)), default=-1)
-
-    def readers(self, node: fx.Node) -> list[fx.Node]:
-        """Return the steps that use a node's value, leaving out those that only read its shape."""
-        return [user for user in node.users if user in self.position and not self.traced.is_shape(user)]
-
-    def crossing(self, end: int) -> list[fx.Node]:
-        """Return the values made at or before step ``end`` that a later step uses."""
-        return [node for node in self.values if self.position[node] <= end < self.last_use[node]]
-
-    def child(self, node: fx.Node) -> nn.Module | None:
-        """Return the child a step calls, or ``None`` for a function."""
-        return self.traced.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-    def trainable(self, index: int) -> bool:
-        """Tell whether step ``index`` uses a parameter that is trained."""
-        return any(tensor.requires_grad for _, tensor in self.tensors[index])
-
-    def cost(self, index: int) -> int:
-        """Return what step ``index`` adds to its block in training, in bytes."""
-        kept = self.traced.sizes.get(self.traced.steps[index])
-        parameters = (tensor for _, tensor in self.tensors[index] if isinstance(tensor, nn.Parameter))
-        state = sum(each.numel() * each.element_size() for each in parameters)
-        return (kept.nbytes if kept else 0) + STATE_PER_PARAMETER * state
-
-    def _tensors_of(self, node: fx.Node) -> list[tuple[str, torch.Tensor]]:
-        child = self.child(node)
-        if child is not None:
-            prefix = f"{node.target}."
-            state = child.state_dict(keep_vars=True).items()
-            return [(prefix + name, each) for name, each in state if isinstance(each, torch.Tensor)]
-        used = [each for each in node.all_input_nodes if each.op == "get_attr"]
-        found = [(str(each.target), self.attribute(each)) for each in used]
-        return [(name, tensor) for name, tensor in found if isinstance(tensor, nn.Parameter)]
-
-    def attribute(self, node: fx.Node) -> Any:
-        """Return the object a ``call_module`` or ``get_attr`` node refers to."""
-        return find_attribute(self.traced.module, self.traced.constants, str(node.target))
+def _path(name: str) -> str:
+    return name.partition("+")[0].partition("@")[0]
 
 
-def _end_of(layout: _Layout, name: str) -> int:
-    title = type(layout.traced.module).__name__
-    outputs = layout.traced.calls.get(name, ())
-    if not outputs:
+def _named(layout: Layout, module: nn.Module, name: str) -> Boundary:
+    """The boundary of a name such as ``layer1``, ``conv1+relu`` or, for a second call, ``conv1@1``."""
+    place, *operators = name.split("+")
+    path, _, count = place.partition("@")
+    if not path:
+        return Boundary(None, tuple(operators))
+    calls = {call: None for step in layout.steps for call in calls_of(step.node)[1:]}
+    counts = [call.count for call in calls if call.path == path]
+    title = type(module).__name__
+    if not counts:
+        others = ", ".join([call.path for call in calls][:3])
         raise UsageError(
-            f"block {name!r} of model {title} is never called by its forward: name a child that is, "
-            f"e.g. {', '.join(list(layout.traced.calls)[:3])}"
+            f"block {path!r} of model {title} is never called by its forward, or computes nothing: name a child that does, "
+            f"e.g. {others}"
         )
-    if len(outputs) > 1:
+    if len(counts) > 1 and not count:
         raise UsageError(
-            f"block {name!r} of model {title} is called {len(outputs)} times: name a child that is called once"
+            f"block {path!r} of model {title} is called {len(counts)} times: name a child that is called once, or one call, "
+            f"as in {path}@0"
         )
-    (node,) = outputs
-    if node is None or node not in layout.traced.sizes:
-        raise UsageError(
-            f"block {name!r} of model {title} does not return one tensor: cut where a single tensor is handed on"
-        )
-    return layout.position[node]
+    return Boundary(Call(path, int(count) if count.isdigit() else 0), tuple(operators))
 
 
-def _check_order(names: Sequence[str], ends: Sequence[int]) -> None:
-    for (name, end), (later, later_end) in pairwise(zip(names, ends, strict=True)):
+def _end(layout: Layout, boundary: Boundary) -> int:
+    """The last step of a block, checked: what crosses behind it can be handed on."""
+    name = boundary.name
+    end = boundary.position([step.node for step in layout.steps])
+    if layout.in_region[end]:
+        raise UsageError(f"block {name!r} ends within torch.no_grad(): end it behind that")
+    crossing = layout.crossings[end]
+    if not crossing:
+        raise UsageError(
+            f"nothing behind block {name!r} uses what it returns: end the block where features are handed on"
+        )
+    features = layout.features(end)
+    if features is None:
+        shapes = [list(node.meta["val"].shape) for node in crossing]
+        raise UsageError(
+            f"block {name!r} hands on shapes {shapes} for a batch of {layout.made.batch}: end it where the batch is an axis "
+            "of every value"
+        )
+    if not any(feature.dtype.is_floating_point for feature in features):
+        raise UsageError(
+            f"block {name!r} returns {str(features[0].dtype).removeprefix('torch.')}, which carries no gradient: end it "
+            "where floating-point features are handed on"
+        )
+    return end
+
+
+def _check_order(boundaries: Sequence[Boundary], ends: Sequence[int]) -> None:
+    for (first, end), (second, later_end) in pairwise(zip(boundaries, ends, strict=True)):
         if later_end < end:
-            in_order = [each for _, each in sorted(zip(ends, names, strict=True))]
+            in_order = [
+                name for _, name in sorted(zip(ends, (each.name for each in boundaries), strict=True))
+            ]
             raise UsageError(
-                f"block {later!r} runs before block {name!r}: name the blocks in the order they run, "
+                f"block {second.name!r} runs before block {first.name!r}: name the blocks in the order they run, "
                 f"{', '.join(in_order)}"
+            )
+        if later_end == end:
+            raise UsageError(
+                f"blocks {first.name!r} and {second.name!r} end at the same place: leave one out"
             )
 
 
-def _check_crossing(layout: _Layout, name: str, end: int) -> None:
-    node = layout.traced.steps[end]
-    crossing = layout.crossing(end)
-    if len(crossing) > 1:
-        listed = " and ".join(describe(each) for each in crossing)
-        raise UsageError(
-            f"the end of block {name!r} is crossed by {len(crossing)} values, {listed}, because later steps use them "
-            "all: a block hands on one tensor, so end it where the branches have joined"
-        )
-    if crossing != [node]:
-        listed = describe(crossing[0]) if crossing else "nothing"
-        raise UsageError(
-            f"the output of block {name!r} is not what the rest of the model uses, which is {listed}: "
-            "end the block where a single tensor is handed on"
-        )
-    shape = layout.traced.sizes[node].shape
-    if shape[:1] != (layout.traced.batch,):
-        raise UsageError(
-            f"block {name!r} returns shape {list(shape)} for a batch of {layout.traced.batch}: "
-            "end it where the batch is the first dimension"
-        )
-    if not layout.traced.sizes[node].dtype.is_floating_point:
-        raise UsageError(
-            f"block {name!r} returns {str(layout.traced.sizes[node].dtype).removeprefix('torch.')}, which carries no "
-            "gradient: end it where floating-point features are handed on"
-        )
-
-
-def _name_of(traced: TracedModel, node: fx.Node) -> str:
-    # Outer children come last, so that the end of layer2.1.relu is named layer2.
-    names = [name for name, outputs in traced.calls.items() if outputs == (node,)]
-    return names[-1] if names else node.name
-
-
-def _balanced_ends(layout: _Layout, count: int) -> list[int]:
-    """Choose where ``count`` blocks end so that the most expensive one is as cheap as possible."""
-    last = _features_end(layout)
-    inner = [end for end in _inner_candidates(layout, last) if not _splits_operator(layout, end)]
-    ends = [*inner, last]
-    possible = _most_blocks(layout, ends)
+def _automatic(layout: Layout, module: nn.Module, count: int) -> list[int]:
+    possible = most_blocks(layout)
+    if count == 1 and not possible:
+        return []
     if count > possible:
         raise UsageError(
-            f"model {type(layout.traced.module).__name__} cannot be cut into {count} blocks: {possible} is the most "
-            "its single-tensor boundaries allow, each block with something to train; ask for fewer"
+            f"model {type(module).__name__} cannot be cut into {count} blocks: {possible or 1} is the most its boundaries "
+            "allow, each block with something to train; ask for fewer, or name the children to cut after"
         )
-    return _cheapest_partition(layout, ends, count)
+    return automatic_ends(layout, count)
 
 
-def _features_end(layout: _Layout) -> int:
-    """Return the step that ends the last block: the last features before the classifier's pooling."""
-    steps = layout.traced.steps
-    candidates: list[int] = []
-    for end in range(len(steps)):
-        if _is_candidate(layout, end):
-            if _is_global_pool(layout, steps[end]):
-                break
-            candidates.append(end)
-    while candidates and _only_rearranges(layout, steps[candidates[-1]]):
-        candidates.pop()
-    if not candidates or not any(layout.trainable(index) for index in range(candidates[-1] + 1)):
-        raise UsageError(
-            f"model {type(layout.traced.module).__name__} has no place where a single tensor of at least "
-            f"{FEATURE_DIMENSIONS} dimensions passes: name the children to cut after instead"
+class _Chain(nn.Module):
+    """A cut model as one module over the model's own tensors, by the model's own names."""
+
+    def __init__(self, module: nn.Module, parts: CutModel) -> None:
+        super().__init__()
+        self._parts = [each for each in _modules(parts) if isinstance(each, Part)]
+        for name, tensor in tensors_of(module).items():
+            register(self, name, tensor)
+
+    def train(self, mode: bool = True) -> _Chain:
+        """Put the parts, which are no children, in a mode."""
+        super().train(mode)
+        for part in self._parts:
+            part.train(mode)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The parts one after another, over the tensors that the chain has now."""
+        for part in self._parts:
+            x = part.over(self, x)
+        return x
+
+
+def _modules(parts: CutModel) -> list[nn.Module]:
+    return [*(block.module for block in parts.blocks), parts.head]
+
+
+def _assemble(
+    captures: Captures,
+    layout: Layout,
+    boundaries: Sequence[Boundary],
+    ends: Sequence[int],
+    vocabulary: int | None,
+    whole: Observation,
+) -> CutModel:
+    tensors = tensors_of(captures.module)
+    titles = [*(f"block {each.name!r}" for each in boundaries), "the head"]
+    source = layout.made.source
+    raw = Feature(
+        "input", tuple(int(each) for each in source.meta["val"].shape[1:]), source.meta["val"].dtype
+    )
+    features = [(raw,), *(tuple(layout.features(end) or ()) for end in ends)]
+    spans = [
+        Span(captures, start, end, inputs, outputs)
+        for (start, inputs), (end, outputs) in pairwise(
+            [*zip([None, *boundaries], features, strict=True), (None, ())]
         )
-    return candidates[-1]
-
-
-def _is_candidate(layout: _Layout, end: int) -> bool:
-    node = layout.traced.steps[end]
-    size = layout.traced.sizes.get(node)
-    if size is None or len(size.shape) < FEATURE_DIMENSIONS or size.shape[0] != layout.traced.batch:
-        return False
-    if not size.dtype.is_floating_point:
-        return False
-    return layout.crossing(end) == [node]
-
-
-def _is_global_pool(layout: _Layout, node: fx.Node) -> bool:
-    child = layout.child(node)
-    name = "" if child is not None else getattr(node.target, "__name__", str(node.target))
-    if isinstance(child, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)) or name.startswith("adaptive_"):
-        return True
-    averages = isinstance(child, _AvgPoolNd) or name == "mean" or name.startswith("avg_pool")
-    lengths = layout.traced.sizes[node].shape[1:]
-    # The mean over tokens leaves the last axis, where poolings and the mean over pixels leave the first.
-    over_tokens = name == "mean" and all(length == 1 for length in lengths[:-1])
-    return averages and (over_tokens or all(length == 1 for length in lengths[1:]))
-
-
-def _only_rearranges(layout: _Layout, node: fx.Node) -> bool:
-    shapes = [layout.traced.sizes[each].shape for each in node.all_input_nodes if each in layout.traced.sizes]
-    changes_rank = any(len(shape) != len(layout.traced.sizes[node].shape) for shape in shapes)
-    return changes_rank and not layout.tensors[layout.position[node]]
-
-
-def _inner_candidates(layout: _Layout, last: int) -> list[int]:
-    """Return the places before ``last`` to cut at, without those that would divide the uses of a parameter."""
-    uses: dict[int, list[int]] = {}
-    for index, tensors in enumerate(layout.tensors):
-        for _, tensor in tensors:
-            uses.setdefault(id(tensor), []).append(index)
-    spans = [(found[0], found[-1]) for found in uses.values() if found[0] < found[-1]]
-    return [
-        end
-        for end in range(last)
-        if _is_candidate(layout, end) and not any(first <= end < final for first, final in spans)
     ]
-
-
-def _splits_operator(layout: _Layout, end: int) -> bool:
-    """Tell whether a cut would part an activation, a pooling or a normalisation from the layer it follows."""
-    node = layout.traced.steps[end]
-    readers = layout.readers(node)
-    if len(readers) != 1:
-        return False
-    follower = layout.child(readers[0])
-    if not layout.tensors[layout.position[readers[0]]]:
-        return True
-    normalises = isinstance(follower, (_NormBase, nn.GroupNorm, nn.LayerNorm))
-    return normalises and isinstance(layout.child(node), (_ConvNd, nn.Linear))
-
-
-def _most_blocks(layout: _Layout, ends: Sequence[int]) -> int:
-    trained = list(accumulate(layout.trainable(index) for index in range(ends[-1] + 1)))
-    closed, blocks = 0, 0
-    for end in ends:
-        if trained[end] > closed:
-            closed, blocks = trained[end], blocks + 1
-    return blocks
-
-
-def _cheapest_partition(layout: _Layout, ends: Sequence[int], count: int) -> list[int]:
-    """Solve the linear partition problem exactly, by dynamic programming over the last block's start.
-
-    The recurrence is best[k][i] = min over j < i of max(best[k - 1][j], cost of steps after ``ends[j]`` to
-    ``ends[i]``), as under "The Partition Problem" in
-    Skiena, "The Algorithm Design Manual"; a block without anything to train costs
-    infinity.
-    """
-    steps = range(ends[-1] + 1)
-    cost = [0, *accumulate(layout.cost(index) for index in steps)]
-    trained = [0, *accumulate(layout.trainable(index) for index in steps)]
-    bounds = [0, *(end + 1 for end in ends)]
-
-    def block_cost(start: int, stop: int) -> float:
-        low, high = bounds[start], bounds[stop]
-        return cost[high] - cost[low] if trained[high] > trained[low] else math.inf
-
-    best = [0.0] + [math.inf] * len(ends)
-    choices: list[list[int]] = []
-    for _ in range(count):
-        options = [
-            min(((max(best[j], block_cost(j, i)), j) for j in range(i)), default=(math.inf, 0))
-            for i in range(len(bounds))
-        ]
-        best = [value for value, _ in options]
-        choices.append([start for _, start in options])
-    chosen, stop = [], len(ends)
-    for choice in reversed(choices):
-        chosen.append(ends[stop - 1])
-        stop = choice[stop]
-    return chosen[::-1]
-
-
-def _assemble(layout: _Layout, names: Sequence[str], ends: Sequence[int], vocabulary: int | None) -> CutModel:
-    traced = layout.traced
-    starts = [0, *(end + 1 for end in ends)]
-    stops = [*starts[1:], len(traced.steps)]
-    inputs = [traced.source, *(traced.steps[end] for end in ends)]
-    outputs = [*inputs[1:], traced.result]
-    titles = [*(f"block {name!r}" for name in names), "the head"]
-    for title, start, stop in list(zip(titles, starts, stops, strict=True))[:-1]:
-        if not any(layout.trainable(index) for index in range(start, stop)):
+    parts = [_part(span, tensors) for span in spans]
+    shared = _shared(parts, titles)
+    if shared and len(boundaries) == 1:
+        # A head that shares tensors with the only block becomes part of it.
+        return _assemble(captures, layout, [], [], vocabulary, whole)
+    if shared:
+        raise UsageError(shared)
+    classes = int(whole.outputs.shape[1])
+    if not boundaries:
+        block = Block(WHOLE_MODEL, parts[0], raw.shape, (classes,), (raw,), (), vocabulary)
+        return CutModel((block,), nn.Identity(), classes)
+    for title, part in list(zip(titles, parts, strict=True))[:-1]:
+        if not any(name in whole.gradients for name in part.names):
             raise UsageError(
                 f"{title} has no parameter to train: join it with its neighbour by leaving out its name, "
                 "or unfreeze its parameters"
             )
-    _check_tensors(layout, titles, starts, stops)
-    parts = [
-        _PartBuilder(layout, source).build(traced.steps[start:stop], output)
-        for source, output, start, stop in zip(inputs, outputs, starts, stops, strict=True)
-    ]
-    shapes = [traced.sizes[node].shape[1:] for node in inputs]
-    vocabularies = [vocabulary, *[None] * len(names)]
-    chain = zip(names, parts, pairwise(shapes), vocabularies, strict=False)
-    linked = tuple(Block(name, part, *ends_of, taken) for name, part, ends_of, taken in chain)
-    return CutModel(linked, parts[-1])
-
-
-def _check_tensors(
-    layout: _Layout, titles: Sequence[str], starts: Sequence[int], stops: Sequence[int]
-) -> None:
-    """Check that every tensor of the model's state is used, and by one part only."""
-    owners: dict[int, tuple[str, str]] = {}
-    unused = dict(layout.traced.module.state_dict(keep_vars=True))
-    for title, start, stop in zip(titles, starts, stops, strict=True):
-        for name, tensor in _state_of(layout, layout.traced.steps[start:stop]):
-            unused.pop(name, None)
-            owner, owned = owners.setdefault(id(tensor), (title, name))
-            if owner != title:
-                known_as = "" if owned == name else f" (there named {name!r})"
-                raise UsageError(
-                    f"tensor {owned!r} is used by {owner} and by {title}{known_as}: blocks are trained apart and "
-                    "cannot share it; untie it, or cut so that one block holds both uses"
-                )
-    if unused:
-        raise UsageError(
-            f"tensor {next(iter(unused))!r} of model {type(layout.traced.module).__name__} is in its state but not "
-            "used by its forward under that name: remove it from the model"
+    vocabularies = [vocabulary, *[None] * len(boundaries)]
+    blocks = tuple(
+        Block(
+            boundary.name,
+            part,
+            handed_on(inputs) if index else raw.shape,
+            handed_on(outputs),
+            inputs,
+            outputs,
+            taken,
         )
+        for index, (boundary, part, (inputs, outputs), taken) in enumerate(
+            zip(boundaries, parts, pairwise(features), vocabularies, strict=False)
+        )
+    )
+    return CutModel(blocks, parts[-1], classes)
 
 
-def _state_of(layout: _Layout, steps: Iterable[fx.Node]) -> list[tuple[str, torch.Tensor]]:
-    found: list[tuple[str, torch.Tensor]] = []
-    state = layout.traced.module.state_dict(keep_vars=True)
-    for node in steps:
-        found += layout.tensors[layout.position[node]]
-        direct = (str(each.target) for each in node.all_input_nodes if each.op == "get_attr")
-        found += [(name, state[name]) for name in direct if name in state]
-    return found
+def _part(span: Span, tensors: Mapping[str, Tensor]) -> Part:
+    """A part with the tensors that it takes in either mode."""
+    module = span.captures.module
+    taken = {name: None for training in (True, False) for name in span.graph(training=training).names}
+    saved = module.state_dict(keep_vars=True)
+    used = {id(tensors[name]) for name in taken}
+    part = Part(span, {name: each for name, each in tensors.items() if id(each) in used}, saved.keys())
+    return part.train(module.training)
 
 
-class _FixedTensor(nn.Module):
-    """Holds a tensor that is not part of the model's state.
-
-    fx would register such a tensor as a buffer that is saved, each time it copies a graph module.
-    """
-
-    value: torch.Tensor
-
-    def __init__(self, value: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value, persistent=False)
-
-    def forward(self) -> torch.Tensor:
-        return self.value
-
-
-class _PartBuilder:
-    """Copies the steps between two cuts into a graph module of their own.
-
-    Parameters
-    ----------
-    layout
-        The whole model.
-    source
-        The node of the whole model that becomes the part's input.
-    """
-
-    def __init__(self, layout: _Layout, source: fx.Node) -> None:
-        self.layout = layout
-        self.graph = fx.Graph()
-        self.input = self.graph.placeholder("features")
-        self.copies: dict[fx.Node, Any] = {source: self.input}
-        self.attributes: dict[str, Any] = {}
-        self.state_names = set(layout.traced.module.state_dict())
-
-    def build(self, steps: Iterable[fx.Node], output: fx.Node) -> fx.GraphModule:
-        """Return a graph module that runs ``steps`` and returns the value of ``output``."""
-        for node in steps:
-            if not self.layout.traced.is_shape(node):
-                if node.op == "call_module":
-                    self.attributes[str(node.target)] = self.layout.attribute(node)
-                self.copies[node] = self.graph.node_copy(node, self._resolve)
-        self.graph.output(self._resolve(output))
-        self.graph.lint()
-        part = fx.GraphModule(self.attributes, self.graph)
-        part.training = self.layout.traced.module.training
-        return part
-
-    def _resolve(self, node: fx.Node) -> Any:
-        if node not in self.copies:
-            if node.op == "get_attr":
-                self.copies[node] = self._copy_attribute(node)
-            else:
-                self.copies[node] = self._copy_shape(node)
-        return self.copies[node]
-
-    def _copy_attribute(self, node: fx.Node) -> fx.Node:
-        target, value = str(node.target), self.layout.attribute(node)
-        if not isinstance(value, torch.Tensor) or target in self.state_names:
-            self.attributes[target] = value
-            return self.graph.get_attr(target)
-        held = f"{FIXED_TENSORS}.{target.replace('.', '_')}"
-        self.attributes[held] = _FixedTensor(value)
-        return self.graph.call_module(held)
-
-    def _copy_shape(self, node: fx.Node) -> Any:
-        tensor, dimension = shape_read(node)
-        if tensor in self.copies:
-            return self.graph.node_copy(node, self._resolve)
-        # The tensor stayed in an earlier part; only its batch size can vary, and the part's input has the same.
-        fixed = self.layout.traced.sizes[tensor].shape
-        shape = (self.graph.call_method("size", (self.input, 0)), *fixed[1:])
-        return shape if dimension is None else shape[dimension]
+def _shared(parts: Sequence[Part], titles: Sequence[str]) -> str | None:
+    """What is wrong with a tensor that two parts use; None without any."""
+    owners: dict[int, str] = {}
+    for title, part in zip(titles, parts, strict=True):
+        tensors = tensors_of(part)
+        for name, tensor in tensors.items():
+            owner = owners.setdefault(id(tensor), title)
+            if owner != title and (tensor.requires_grad or name in part.span.written):
+                names = [repr(each) for each, other in tensors.items() if other is tensor]
+                known_as = f" (also named {', '.join(names[1:])})" if names[1:] else ""
+                return (
+                    f"tensor {names[0]}{known_as} is used by {owner} and by {title}: blocks are trained apart and cannot "
+                    "share it; untie it, cut so that one block holds both uses, or train all in one with blocks = 1"
+                )
+    return None

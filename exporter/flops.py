@@ -24,9 +24,9 @@ from torch.utils.flop_counter import (
 
 from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.inputs import zero_inputs
+from frostline.exporter.modes import mode
 from frostline.exporter.recomputation import RecomputingForward
 from frostline.exporter.stage import Stage
-from frostline.exporter.tracing import mode
 
 aten = torch.ops.aten
 

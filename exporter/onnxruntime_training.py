@@ -27,12 +27,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from frostline.device_runtime.engine import INSTALL
 from frostline.exporter.executorch_lowering import quiet
 from frostline.exporter.inputs import random_inputs, zero_inputs
+from frostline.exporter.modes import mode
 from frostline.exporter.onnxruntime_training_functions import OPSET, TrainableFunctions
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
 from frostline.exporter.stage import Stage
 from frostline.exporter.support import STAGE_PREFIXES, check_dtypes
-from frostline.exporter.tracing import first_line, mode
-from frostline.protocol.errors import FrostlineError, RunError, UsageError
+from frostline.protocol.errors import FrostlineError, RunError, UsageError, first_line
 
 if TYPE_CHECKING:
     import onnx

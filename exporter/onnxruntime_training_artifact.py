@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,10 +133,11 @@ def _planned(manifest: StageManifest, options: ExportOptions, artifact: Path) ->
 
 def _train(
     manifest: StageManifest, store: BlobStore, values: Mapping[str, Tensor], steps: Steps
-) -> tuple[list[float], dict[str, Tensor]]:
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
     from frostline.device_runtime.engine import open_runtime
 
     session = open_runtime(manifest.engine).open_stage(manifest, store)
     session.load(arrays(values))
-    losses = [session.step([(x.numpy(), y.numpy()) for x, y in parts], LEARNING_RATE)[0] for parts in steps]
-    return losses, {name: torch.from_numpy(np.array(value)) for name, value in session.trained().items()}
+    for parts in steps:
+        loss = session.step([(x.numpy(), y.numpy()) for x, y in parts], LEARNING_RATE)[0]
+        yield loss, {name: torch.from_numpy(np.array(value)) for name, value in session.trained().items()}

@@ -1,15 +1,22 @@
 """Builds what stands in for the rest of the model while one block is trained.
 
-There are two kinds. **Convolutions**: each block that follows is imitated by a single convolution, after which comes the model's own head. This is the output
-module of ProFL (Wu et al., "Breaking the Memory Wall for Heterogeneous Federated Learning via Progressive Training",
-KDD 2025, arXiv 2404.13349) and NeuLite (Wu et al., "NeuLite: Memory-Efficient Federated Learning via Elastic
-Progressive Training", arXiv 2408.10826): one 3×3 stride-2 convolution, without normalisation or activation, takes a
+There are two kinds. **Convolutions**: each block that follows is imitated by a small linear layer, after which comes the model's
+own head. This is the output module of ProFL (Wu et al., "Breaking the Memory Wall for Heterogeneous Federated Learning via
+Progressive Training", KDD 2025, arXiv 2404.13349) and NeuLite (Wu et al., "NeuLite: Memory-Efficient Federated Learning via
+Elastic Progressive Training", arXiv 2408.10826): one 3×3 stride-2 convolution, without normalisation or activation, takes a
 block's place. Here the stride is the one that gives the block's own output shape.
 
-That is a layer for images. For tokens, and for single vectors, the stand-in is one linear layer over the features of each
-token: an extension of our own. Like the convolution it is linear, mixes all features and maps the block's input shape to
-its output shape; and since attention treats near and far tokens alike, a kernel over neighbouring ones would imitate
-nothing.
+A stand-in never has more parameters than the block it imitates. Where a dense convolution would, as for bottlenecks, inverted
+residuals and separable convolutions, it is a depthwise convolution and a pointwise one, whose matrix is of low rank if need
+be.
+
+For tokens, and for single vectors, the stand-in is one linear layer over the features of each token: an extension of our own.
+Like the convolution it is linear, mixes all features and maps the block's input shape to its output shape; and since
+attention treats near and far tokens alike, a kernel over neighbouring ones would imitate nothing. Blocks that change how many
+places there are otherwise than a stride does are resampled: places are averaged or repeated, then features mixed.
+
+Where a boundary hands on several values, what the block only passes on is passed on, and the others are imitated from the
+largest.
 
 **Linear**: the block's features, averaged over all their places, and one linear layer to the classes. This is the head that
 each stage but the last has in ProgFed (Wang et al., "ProgFed: Effective, Communication, and Computation Efficient Federated
@@ -20,17 +27,21 @@ nothing of what follows. The last stage has the model's own head in either kind.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from frostline.exporter.cutting import Block, CutModel
 from frostline.exporter.inputs import zero_inputs
-from frostline.exporter.tracing import mode
+from frostline.exporter.modes import mode
+from frostline.exporter.part import Feature, is_packed
 from frostline.protocol.errors import UsageError
 
 OutputModuleKind = Literal["convolutions", "linear"]
@@ -38,17 +49,34 @@ OutputModuleKind = Literal["convolutions", "linear"]
 
 KERNEL = 3
 
-CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 """The convolution for each number of spatial dimensions."""
 
+_AVERAGES: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+
 FEATURES_SECOND = {
-    *("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "convolution"),
     *("batch_norm", "group_norm", "instance_norm"),
     *("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"),
 }
 """Functions whose input is (batch, features, ...)."""
 
-FEATURES_LAST = {"linear", "layer_norm", "rms_norm", "multi_head_attention_forward"}
+FEATURES_LAST = {
+    *(
+        "linear",
+        "layer_norm",
+        "rms_norm",
+        "multi_head_attention_forward",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+    ),
+}
 """Functions whose input is (batch, ..., features)."""
 
 PERMUTATIONS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}
@@ -72,11 +100,11 @@ class OutputModule(nn.Module):
             self.add_module(f"stand_in_{index}", stand_in)
         self.head = head
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Return what the model's head makes of ``features``, the trained block's output with the batch first."""
         for name in self.stand_in_names:
             features = self.get_submodule(name)(features)
-        outputs: torch.Tensor = self.head(features)
+        outputs: Tensor = self.head(features)
         return outputs
 
 
@@ -88,23 +116,112 @@ class LinearOutput(OutputModule):
     stage
         Index of the trained block; the layer is registered as ``linear_<stage>``, so that no other stage takes its values
         for those of a layer of its own.
+    handed
+        What the trained block hands on.
     places
-        Axes of the trained block's output (N, ...) that are averaged over: all but the batch and the features.
+        Axes of the largest value (N, ...) that are averaged over: all but the batch and the features.
     layer
         Features to classes.
     """
 
-    def __init__(self, stage: int, places: tuple[int, ...], layer: nn.Linear) -> None:
+    def __init__(
+        self, stage: int, handed: Sequence[Feature], places: tuple[int, ...], layer: nn.Linear
+    ) -> None:
         super().__init__({}, nn.Identity())
         self.layer_name = f"linear_{stage}"
+        self.handed = tuple(handed)
         self.places = places
         self.add_module(self.layer_name, layer)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Return logits (N, classes) of ``features``, the trained block's output with the batch first."""
-        pooled = features.mean(self.places) if self.places else features
-        logits: torch.Tensor = self.get_submodule(self.layer_name)(pooled)
+        largest = _unpacked(features, self.handed)[_largest(self.handed)]
+        pooled = largest.mean(self.places) if self.places else largest
+        logits: Tensor = self.get_submodule(self.layer_name)(pooled)
         return logits
+
+
+class Resampled(nn.Module):
+    """Features of any places to features of any others: places averaged or repeated, then features mixed.
+
+    Parameters
+    ----------
+    incoming, outgoing
+        Shapes of one sample.
+    last
+        Whether the features are the last axis of what comes in, and of what goes out, or the first.
+    mix
+        A pointwise convolution for as many axes of places as there are in between.
+    """
+
+    def __init__(
+        self, incoming: tuple[int, ...], outgoing: tuple[int, ...], last: tuple[bool, bool], mix: nn.Module
+    ) -> None:
+        super().__init__()
+        self.outgoing, self.last, self.mix = outgoing, last, mix
+        self.places = outgoing[:-1] if last[1] else outgoing[1:]
+        self.aligned = len(incoming) == len(outgoing) and 1 <= len(self.places) <= len(_AVERAGES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, *incoming) to (N, *outgoing)."""
+        channels = x.movedim(-1, 1) if self.last[0] else x
+        if not self.aligned:
+            channels = channels.reshape(x.shape[0], channels.shape[1], -1)
+        places = list(self.places) if self.aligned else [math.prod(self.places)]
+        if list(channels.shape[2:]) != places:
+            fewer = all(new <= old for new, old in zip(places, channels.shape[2:], strict=True))
+            resized = _AVERAGES[len(places)] if fewer else F.interpolate
+            channels = resized(channels, places)
+        mixed: Tensor = self.mix(channels)
+        mixed = mixed.reshape(x.shape[0], mixed.shape[1], *self.places)
+        return mixed.movedim(1, -1) if self.last[1] else mixed
+
+
+class Packed(nn.Module):
+    """Several values to several others, each side by side in one tensor (N, numbers).
+
+    Parameters
+    ----------
+    inputs, outputs
+        What they are.
+    layers
+        For each output that is not passed on, by its index, what makes it of the largest input.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Feature], outputs: Sequence[Feature], layers: dict[int, nn.Module]
+    ) -> None:
+        super().__init__()
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        for index, layer in layers.items():
+            self.add_module(f"value_{index}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is handed on to the block to what it hands on."""
+        values = _unpacked(x, self.inputs)
+        made = []
+        for index, feature in enumerate(self.outputs):
+            if feature in self.inputs:
+                made.append(values[self.inputs.index(feature)])
+            else:
+                made.append(self.get_submodule(f"value_{index}")(values[_largest(self.inputs)]))
+        if not is_packed(self.outputs):
+            return made[0]
+        return torch.cat([each.reshape(x.shape[0], -1) for each in made], 1)
+
+
+def _unpacked(x: Tensor, features: Sequence[Feature]) -> list[Tensor]:
+    """The values of a boundary, each (N, *shape); what is no float stays the float it is handed on as."""
+    if not is_packed(features):
+        return [x]
+    parts = torch.split(x, [each.size for each in features], 1)
+    return [part.reshape(x.shape[0], *each.shape) for part, each in zip(parts, features, strict=True)]
+
+
+def _largest(features: Sequence[Feature]) -> int:
+    """The float value that the others are imitated from: of those with most axes the largest, and the last of equals."""
+    floats = [index for index, each in enumerate(features) if each.dtype.is_floating_point]
+    return max(floats, key=lambda index: (len(features[index].shape), features[index].size, index))
 
 
 def build_output_module(
@@ -132,8 +249,7 @@ def build_output_module(
     Raises
     ------
     UsageError
-        There is no such stage, or neither one convolution nor one linear layer can turn a later block's input into its
-        output, where each is to be imitated.
+        There is no such stage, or a later block hands on whole numbers of its own making.
     """
     if not 0 <= stage < len(cut.blocks):
         raise UsageError(
@@ -141,25 +257,88 @@ def build_output_module(
         )
     if kind == "linear" and stage + 1 < len(cut.blocks):
         return _linear_output(cut, stage, seed + stage).train()
-    stand_ins: dict[int, nn.Module] = {
-        index: _stand_in(cut.blocks[index], seed + index) for index in range(stage + 1, len(cut.blocks))
-    }
+    stand_ins = {index: stand_in(cut, index, seed + index) for index in range(stage + 1, len(cut.blocks))}
     module = OutputModule(stand_ins, copy.deepcopy(cut.head))
     return module.train()
 
 
 def _linear_output(cut: CutModel, stage: int, seed: int) -> LinearOutput:
     block = cut.blocks[stage]
-    features = len(block.output_shape) if _features_last(block) else 1
-    places = tuple(axis for axis in range(1, len(block.output_shape) + 1) if axis != features)
-    like = next(block.module.parameters())
-    with torch.no_grad(), mode(cut.head, training=False):
-        classes = cut.head(like.new_zeros(1, *cut.blocks[-1].output_shape)).shape[-1]
+    shape = block.outputs[_largest(block.outputs)].shape
+    features = len(shape) if _features_last(block) else 1
+    places = tuple(axis for axis in range(1, len(shape) + 1) if axis != features)
     with torch.random.fork_rng(devices=[]):
-        layer = nn.Linear(block.output_shape[features - 1], classes)
-    _initialise(layer, seed)
+        layer = nn.Linear(shape[features - 1], cut.classes)
+    _initialise(layer, torch.Generator().manual_seed(seed))
     nn.init.zeros_(layer.bias)
-    return LinearOutput(stage, places, layer.to(like))
+    return LinearOutput(stage, block.outputs, places, layer.to(next(block.module.parameters())))
+
+
+def stand_in(cut: CutModel, index: int, seed: int) -> nn.Module:
+    """What imitates a block after the first."""
+    block = cut.blocks[index]
+    last = _features_last(cut.blocks[index - 1]), _features_last(block)
+    largest = block.inputs[_largest(block.inputs)]
+    generator = torch.Generator().manual_seed(seed)
+    new = [place for place, each in enumerate(block.outputs) if each not in block.inputs]
+    layers: dict[int, nn.Module] = {}
+    # Constructing a layer draws weights from the global generator, which belongs to the caller.
+    with torch.random.fork_rng(devices=[]):
+        for place in new:
+            feature = block.outputs[place]
+            if not feature.dtype.is_floating_point:
+                raise UsageError(
+                    f"block {block.name!r} makes {feature.name!r} of type {str(feature.dtype).removeprefix('torch.')}, which "
+                    "nothing can stand in for: cut the model elsewhere, or use one linear layer as the output module"
+                )
+            layers[place] = _layer(block, largest.shape, feature.shape, last, len(new), generator)
+    first = next(block.module.parameters())
+    if not is_packed(block.inputs) and not is_packed(block.outputs):
+        return layers[0].to(first)
+    return Packed(block.inputs, block.outputs, layers).to(first)
+
+
+def _layer(
+    block: Block,
+    incoming: tuple[int, ...],
+    outgoing: tuple[int, ...],
+    last: tuple[bool, bool],
+    values: int,
+    generator: torch.Generator,
+) -> nn.Module:
+    """A linear map between two shapes, of no more parameters than the block has for each of its values."""
+    most = sum(each.numel() for each in block.module.parameters()) // values
+    layer: nn.Module | None = None
+    if last == (True, True) or len(incoming) == len(outgoing) == 1:
+        if incoming[:-1] == outgoing[:-1]:
+            layer = _mixing(nn.Linear, incoming[-1], outgoing[-1], most)
+    elif last == (False, False) and len(incoming) == len(outgoing) and len(incoming) - 1 in CONVOLUTIONS:
+        layer = _convolution(incoming, outgoing, most)
+    if layer is None:
+        into = incoming[-1] if last[0] else incoming[0]
+        out = outgoing[-1] if last[1] else outgoing[0]
+        aligned = len(incoming) == len(outgoing) and len(outgoing) > 1
+        mix = _mixing(CONVOLUTIONS[len(outgoing) - 1 if aligned else 1], into, out, most)
+        layer = Resampled(incoming, outgoing, last, mix)
+    for each in layer.modules():
+        if isinstance(each, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            _initialise(each, generator)
+    return layer
+
+
+def _initialise(layer: Any, generator: torch.Generator) -> None:
+    # Fan-in scaling with gain 1 keeps the features' variance through a chain of layers without activations.
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="linear", generator=generator)
+
+
+def _mixing(kind: Any, into: int, out: int, most: int) -> nn.Module:
+    """All features into all others, by a matrix of at most so many parameters."""
+    kernel = () if kind is nn.Linear else (1,)
+    if into * out <= most:
+        layer: nn.Module = kind(into, out, *kernel, bias=False)
+        return layer
+    rank = max(most // (into + out), 1)
+    return nn.Sequential(kind(into, rank, *kernel, bias=False), kind(rank, out, *kernel, bias=False))
 
 
 @dataclass(frozen=True)
@@ -170,47 +349,21 @@ class _Reach:
     padding: int
 
 
-def _stand_in(block: Block, seed: int) -> nn.Module:
-    incoming, outgoing = block.input_shape, block.output_shape
-    convolution = CONVOLUTIONS.get(len(incoming) - 1)
-    if len(incoming) != len(outgoing) or (convolution is None and len(incoming) != 1):
-        raise _cannot_imitate(
-            block,
-            "they need to be (features), (tokens, features), (channels, length) or (channels, height, width) on both "
-            "sides",
-        )
-    # Constructing a layer draws weights from the global generator, which belongs to the caller.
-    with torch.random.fork_rng(devices=[]):
-        layer: nn.Conv1d | nn.Conv2d | nn.Linear
-        if convolution is None or _features_last(block):
-            layer = _linear(block)
-        else:
-            layer = _convolution(block, convolution)
-    _initialise(layer, seed)
-    return layer.to(next(block.module.parameters()))
-
-
-def _initialise(layer: nn.Conv1d | nn.Conv2d | nn.Linear, seed: int) -> None:
-    # Fan-in scaling with gain 1 keeps the features' variance through a chain of layers without activations.
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.kaiming_normal_(layer.weight, nonlinearity="linear", generator=generator)
-
-
-def _linear(block: Block) -> nn.Linear:
-    if block.input_shape[:-1] != block.output_shape[:-1]:
-        raise _cannot_imitate(block, "a linear layer keeps the number of tokens")
-    return nn.Linear(block.input_shape[-1], block.output_shape[-1], bias=False)
-
-
-def _convolution(block: Block, convolution: type[nn.Conv1d | nn.Conv2d]) -> nn.Conv1d | nn.Conv2d:
-    incoming, outgoing = block.input_shape, block.output_shape
-    axes = [_reach(*lengths) for lengths in zip(incoming[1:], outgoing[1:], strict=True)]
-    reached = [axis for axis in axes if axis is not None]
-    if len(reached) != len(axes):
-        raise _cannot_imitate(block, "no stride gives that height and width")
-    strides: Any = tuple(axis.stride for axis in reached)
-    paddings: Any = tuple(axis.padding for axis in reached)
-    return convolution(incoming[0], outgoing[0], KERNEL, strides, paddings, bias=False)
+def _convolution(incoming: tuple[int, ...], outgoing: tuple[int, ...], most: int) -> nn.Module | None:
+    """A convolution of some stride, in one or in separable form; None where no stride gives the places."""
+    kind = CONVOLUTIONS[len(incoming) - 1]
+    reached = [_reach(*lengths) for lengths in zip(incoming[1:], outgoing[1:], strict=True)]
+    axes = [axis for axis in reached if axis is not None]
+    if len(axes) != len(reached):
+        return None
+    strides: Any = tuple(axis.stride for axis in axes)
+    paddings: Any = tuple(axis.padding for axis in axes)
+    into, out = incoming[0], outgoing[0]
+    taps = KERNEL ** len(axes)
+    if taps * into * out <= most:
+        return kind(into, out, KERNEL, strides, paddings, bias=False)
+    depthwise = kind(into, into, KERNEL, strides, paddings, groups=into, bias=False)
+    return nn.Sequential(depthwise, _mixing(kind, into, out, most - taps * into))
 
 
 def _features_last(block: Block) -> bool:
@@ -219,10 +372,13 @@ def _features_last(block: Block) -> bool:
     The shape does not say: 64 tokens of 128 features look like 64 channels of 128 readings. So the block is run once,
     and the last layer whose kind shows where its features are decides, followed through the permutations behind it.
     """
+    shape = block.outputs[_largest(block.outputs)].shape
+    if len(shape) == 1:
+        return False
     first = next(block.module.parameters())
-    x = zero_inputs(1, block.input_shape, block.vocabulary)
+    x = zero_inputs(2, block.input_shape, block.vocabulary)
     x = x.to(first) if block.vocabulary is None else x.to(first.device)
-    watch = _FeatureAxis(len(block.output_shape) + 1)
+    watch = _FeatureAxis(len(shape) + 1)
     with torch.no_grad(), mode(block.module, training=False), watch:
         block.module(x)
     return watch.axis not in (None, 1)
@@ -241,11 +397,13 @@ class _FeatureAxis(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         x = args[0] if args else None
-        name = getattr(func, "__name__", "")
+        # Parts of a cut model call operators where PyTorch's layers call functions.
+        operator = isinstance(func, OpOverload)
+        name = func._schema.name.partition("::")[2] if operator else getattr(func, "__name__", "")
         if name == "embedding" and result.dim() == self._dimensions:
             self.axis = self._dimensions - 1
         # Layers on fewer axes, such as those of squeeze-and-excitation, see features without their places.
-        if isinstance(x, torch.Tensor) and x.dim() >= min(self._dimensions, 3):
+        if isinstance(x, Tensor) and x.dim() >= min(self._dimensions, 3):
             if name in FEATURES_SECOND:
                 self.axis = 1
             elif name in FEATURES_LAST:
@@ -270,10 +428,3 @@ def _reach(incoming: int, outgoing: int) -> _Reach | None:
             if span >= 0 and span // stride + 1 == outgoing:
                 return _Reach(stride, padding)
     return None
-
-
-def _cannot_imitate(block: Block, reason: str) -> UsageError:
-    return UsageError(
-        f"block {block.name!r} turns features of shape {list(block.input_shape)} into {list(block.output_shape)}, which "
-        f"no single convolution imitates: {reason}; cut the model elsewhere"
-    )

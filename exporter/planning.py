@@ -20,8 +20,7 @@ from frostline.exporter.artifact import (
     planned_memory,
     trace_training,
 )
-from frostline.exporter.cutting import CutModel, cut
-from frostline.exporter.models.lookup import ModelSpec
+from frostline.exporter.cutting import CutModel, Cutter
 from frostline.exporter.optimizer import SGD
 from frostline.exporter.output_module import OutputModuleKind
 from frostline.exporter.stage import Stage, build_stage
@@ -65,7 +64,7 @@ class StageVariants:
         self._stage = stage
         self._options = options
         self._notify = notify
-        self._estimates: dict[Variant, int] = {}
+        self._estimates: dict[Variant, int | None] = {}
         self._compiled: dict[Variant, CompiledStage] = {}
 
     def compiled(self, variant: Variant = WHOLE) -> CompiledStage:
@@ -81,7 +80,8 @@ class StageVariants:
             # Tracing takes its time; adding up the state takes none.
             if _planned_state(self._stage, self._options, variant).total > budget:
                 continue
-            if self._least(variant) <= budget:
+            least = self._least(variant)
+            if least is not None and least <= budget:
                 compiled = self.compiled(variant)
                 if compiled.manifest.planned.behind(prefix).total <= budget:
                     return compiled
@@ -92,19 +92,26 @@ class StageVariants:
 
         Estimates may be near each other, and ONNX Runtime's arenas of small stages are mostly its own blocks.
         """
-        estimates = {v: estimate_stage(self._stage, self._options, v).total for v in _variants(self._options)}
-        nearest = sorted(estimates, key=estimates.__getitem__)[:2]
+        found = {variant: self._estimate(variant) for variant in _variants(self._options)}
+        estimates = {variant: each for variant, each in found.items() if each is not None}
+        # Where none can be traced, compiling the whole says why.
+        nearest = sorted(estimates, key=estimates.__getitem__)[:2] or [WHOLE]
         return min(
             (self.compiled(variant) for variant in {*nearest, *self._compiled}),
             key=lambda each: each.manifest.planned.total,
         )
 
-    def _least(self, variant: Variant) -> int:
-        """What the variant takes at least: exactly if it is compiled."""
+    def _least(self, variant: Variant) -> int | None:
+        """What the variant takes at least, exactly if it is compiled; None if it cannot be traced."""
         if variant in self._compiled:
             return self._compiled[variant].manifest.planned.total
+        return self._estimate(variant)
+
+    def _estimate(self, variant: Variant) -> int | None:
+        """What the variant takes by estimate; None if it cannot be traced, as batch norm cannot over a single value."""
         if variant not in self._estimates:
-            self._estimates[variant] = estimate_stage(self._stage, self._options, variant).total
+            planned = _estimated(self._stage, self._options, variant)
+            self._estimates[variant] = planned.total if planned else None
         return self._estimates[variant]
 
 
@@ -199,12 +206,19 @@ class BudgetPlanner:
     @staticmethod
     def _smallest(stage: Stage, options: ExportOptions) -> PlannedMemory:
         """The least any variant takes, by estimate."""
-        *_, last = _variants(options)
+        variants = _variants(options)
         # More parts take less, unless the gradients they accumulate need memory of their own.
-        candidates = [last]
-        if _planned_state(stage, options, last).total > _planned_state(stage, options, WHOLE).total:
+        candidates = variants[-1:]
+        if _planned_state(stage, options, candidates[0]).total > _planned_state(stage, options, WHOLE).total:
             candidates.append(Variant(recompute=options.target.recomputes))
-        return min((estimate_stage(stage, options, v) for v in candidates), key=lambda planned: planned.total)
+        found = [each for each in (_estimated(stage, options, v) for v in candidates) if each is not None]
+        # A part may be too small for batch norm: the next larger one that is not, and in the end the whole.
+        larger = (_estimated(stage, options, v) for v in reversed(variants[1:-1]))
+        if not found:
+            found.append(
+                next((each for each in larger if each), None) or estimate_stage(stage, options, WHOLE)
+            )
+        return min(found, key=lambda planned: planned.total)
 
     def _explain(self, misfit: _Misfit) -> str:
         planned = misfit.planned
@@ -239,12 +253,12 @@ class _Misfit:
     planned: PlannedMemory
 
 
-def balanced_cuts(spec: ModelSpec, batch: int) -> Iterator[CutModel]:
-    """The model in 1, 2, 3 ... blocks of balanced cost at `batch` samples, as far as its boundaries allow."""
-    yield cut(spec.module, 1, spec.example(batch), spec.vocabulary)
+def balanced_cuts(cutter: Cutter) -> Iterator[CutModel]:
+    """A model in 1, 2, 3 ... blocks of balanced cost, as far as its boundaries allow."""
+    yield cutter.cut(1)
     for count in range(2, MOST_BLOCKS + 1):
         try:
-            yield cut(spec.module, count, spec.example(batch), spec.vocabulary)
+            yield cutter.cut(count)
         except UsageError:
             return
 
@@ -277,6 +291,14 @@ def estimate_stage(stage: Stage, options: ExportOptions, variant: Variant) -> Pl
         arena=arena,
         program=nodes * NODE_BYTES,
     )
+
+
+def _estimated(stage: Stage, options: ExportOptions, variant: Variant) -> PlannedMemory | None:
+    """The same; None for a variant that PyTorch refuses to run, as batch norm refuses a single value a channel."""
+    try:
+        return estimate_stage(stage, options, variant)
+    except UsageError:
+        return None
 
 
 def estimate_arena(program: TracedProgram) -> int:

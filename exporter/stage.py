@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from frostline.exporter.cutting import CutModel
+from frostline.exporter.inputs import random_inputs
 from frostline.exporter.output_module import OutputModule, OutputModuleKind, build_output_module
+from frostline.exporter.part import joined, tensors_of
+from frostline.exporter.semantics import observe_step
+
+OBSERVED_BATCH = 2
+"""Samples in the step that shows what a stage trains."""
 
 
 class StageModel(nn.Module):
@@ -44,6 +50,10 @@ class Stage:
         Shape of one sample of the stage's input, without the batch axis.
     vocabulary : int or None
         Where the input is token ids, int64, how many there are; None where it is float32.
+    trained : frozenset of str
+        The parameters that a step moves: those that ask for a gradient and get one. All others are constants.
+    written : frozenset of str
+        The buffers that a step writes, such as running statistics. All others are constants.
     """
 
     index: int
@@ -52,6 +62,15 @@ class Stage:
     model: StageModel
     input_shape: tuple[int, ...]
     vocabulary: int | None = None
+    trained: frozenset[str] = field(init=False)
+    written: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        x = random_inputs(OBSERVED_BATCH, self.input_shape, self.vocabulary, torch.Generator().manual_seed(0))
+        dtype = next((each.dtype for each in self.model.parameters()), torch.float32)
+        seen = observe_step(self.model, x.to(dtype) if x.is_floating_point() else x)
+        object.__setattr__(self, "trained", frozenset(seen.gradients))
+        object.__setattr__(self, "written", frozenset(seen.written))
 
 
 def build_stage(
@@ -65,31 +84,34 @@ def build_stage(
 
 def build_whole_model(cut: CutModel) -> Stage:
     """Train every block at once: the footprint that stages are compared with."""
-    blocks = nn.Sequential(*(block.module for block in cut.blocks))
-    model = StageModel(blocks, OutputModule({}, cut.head))
+    model = StageModel(joined([block.module for block in cut.blocks]), OutputModule({}, cut.head))
     return Stage(0, 1, "whole model", model, cut.blocks[0].input_shape, cut.blocks[0].vocabulary)
 
 
 def trainable_tensors(stage: Stage) -> dict[str, Tensor]:
-    """Copies of the stage's parameters by name. Those the model has frozen are constants of its programs."""
+    """Copies of the stage's trained parameters by name."""
     return {
         name: p.detach().clone(memory_format=torch.contiguous_format)
         for name, p in stage.model.named_parameters()
-        if p.requires_grad
+        if name in stage.trained
     }
 
 
 def statistics_tensors(stage: Stage) -> dict[str, Tensor]:
-    """Copies of the floating-point buffers a step mutates, such as batch norm's running statistics.
+    """Copies of the floating-point buffers a step writes, such as batch norm's running statistics.
 
     Integer buffers (batch norm's counter of batches) stay behind: no operator of a step reads them.
     """
-    return {name: b.detach().clone() for name, b in stage.model.named_buffers() if torch.is_floating_point(b)}
+    return {
+        name: b.detach().clone()
+        for name, b in stage.model.named_buffers()
+        if torch.is_floating_point(b) and name in stage.written
+    }
 
 
 def load_tensors(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` over the stage's values of the same name; others are left out."""
-    own = stage.model.state_dict()
+    own = tensors_of(stage.model)
     with torch.no_grad():
         for name, value in tensors.items():
             if name in own:

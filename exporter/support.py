@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frostline.exporter.capture import calls_of, line_of
 from frostline.exporter.executorch_lowering import UnsupportedOperators, kernel_names
-from frostline.exporter.tracing import first_line, mode
-from frostline.protocol.errors import UsageError
+from frostline.exporter.modes import mode
+from frostline.exporter.part import VISITOR
+from frostline.exporter.semantics import copies_of
+from frostline.protocol.errors import UsageError, first_line
 
 aten = torch.ops.aten
 
@@ -45,6 +51,8 @@ class Use:
         For example ``aten.cumsum``.
     module
         Qualified name of the innermost child it ran in; empty for the model's own forward.
+    line
+        The line of its author's code, such as ``nets.py:12``; empty where it is not known.
     shape
         Shape of its first tensor argument, or ``None`` without one.
     backward
@@ -55,6 +63,7 @@ class Use:
 
     operator: str
     module: str
+    line: str
     shape: tuple[int, ...] | None
     backward: bool
     by_value: bool
@@ -63,42 +72,67 @@ class Use:
         """For example ``aten.cumsum of shape [8, 4] in module 'layer1.0'``."""
         of = "" if self.shape is None else f" of shape {list(self.shape)}"
         where = f"module '{self.module}'" if self.module else "the model's own forward"
+        where += f" ({self.line})" if self.line else ""
         return f"{self.operator}{of} in {where}" + (", computing its gradient" if self.backward else "")
 
 
-def check_values(module: nn.Module, example: Tensor) -> None:
-    """Run a model once and refuse complex tensors, and shapes and branches that depend on what a tensor holds.
+def check_model(module: nn.Module, x: Tensor) -> None:
+    """Refuse what no stage can train, before a model is captured.
 
     Parameters
     ----------
     module
-        Any model; it runs in evaluation mode and is not changed. What it raises itself is left to the tracing.
-    example
-        One batch of its input.
+        Any model; it runs in both modes and is not changed. What it raises itself is left to the capture.
+    x
+        A batch of its input.
 
     Raises
     ------
     UsageError
-        Naming the parameter, or the operator with its shape and the module it is in.
+        For more inputs than one; tensors of another type than float32; batch norm that averages over all batches; complex
+        values, and shapes and branches that depend on what a tensor holds. It names the parameter, or the operator with its
+        shape and the module it is in.
     """
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_complex():
+    title = type(module).__name__
+    required = [
+        each.name
+        for each in inspect.signature(module.forward).parameters.values()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise UsageError(
+            f"model {title} takes {len(required)} inputs ({', '.join(required)}): make its forward take one tensor"
+        )
+    check_dtypes(module)
+    for name, child in module.named_modules():
+        if isinstance(child, _NormBase) and child.track_running_stats and child.momentum is None:
             raise UsageError(
-                f"tensor {name!r} of model {type(module).__name__} is {_name(tensor.dtype)}: complex numbers cannot be "
-                "trained; hold real and imaginary parts as float32 tensors of their own"
+                f"module {name!r} averages its statistics over all batches since the start (momentum=None), which devices do "
+                "not know: give it a momentum, such as 0.1"
             )
+    _check_values(module, x)
+
+
+def _check_values(module: nn.Module, x: Tensor) -> None:
     recorder = _Recorder(_refuse)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # In evaluation PyTorch's transformer layers would leave out padding, by the values of a mask.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), mode(module, training=False), recorder.watching(module), recorder:
-            module(example)
+        for training in (False, True):
+            tensors = copies_of(module)
+            with torch.no_grad(), mode(module, training=training), recorder.watching(module), recorder:
+                functional_call(module, tensors, (x.clone(),))
     except UsageError:
         raise
-    except Exception:  # running the model raises whatever its operators raise; tracing it reports that
+    except Exception:  # running the model raises whatever its operators raise; capturing it reports that
         return
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def check_dtypes(module: nn.Module) -> None:
-    """Check that all that a stage trains on is float32, as devices hold it.
+    """Check that all that a model or stage trains on is float32, as devices hold it.
 
     Raises
     ------
@@ -106,9 +140,14 @@ def check_dtypes(module: nn.Module) -> None:
         Naming the parameter or buffer of another floating-point or complex dtype.
     """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.dtype != torch.float32 and (tensor.is_floating_point() or tensor.is_complex()):
+        if tensor.is_complex():
             raise UsageError(
-                f"tensor {name!r} is {_name(tensor.dtype)}: devices train float32; convert the model"
+                f"tensor {name!r} of model {type(module).__name__} is {_name(tensor.dtype)}: complex numbers cannot be "
+                "trained; hold real and imaginary parts as float32 tensors of their own"
+            )
+        if tensor.dtype != torch.float32 and tensor.is_floating_point():
+            raise UsageError(
+                f"tensor {name!r} is {_name(tensor.dtype)}: devices train float32; convert the model, as by model.float()"
             )
 
 
@@ -177,7 +216,30 @@ class _Scope:
     """Where the forward pass is, and in which module each of autograd's nodes was made."""
 
     stack: list[str] = field(default_factory=list)
-    made_in: dict[int, str] = field(default_factory=dict)
+    made_in: dict[int, tuple[str, str]] = field(default_factory=dict)
+    at: tuple[str, str] | None = None
+    """The module and line of the operator that a part of a cut model runs."""
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The module and the line that are running."""
+        return self.at or (self.stack[-1] if self.stack else "", "")
+
+    def enter(self, name: str) -> None:
+        """A child is called."""
+        self.stack.append(name)
+        self.at = None
+
+    def leave(self) -> None:
+        """A child returns, or fails, which the caller may survive."""
+        if self.stack:
+            self.stack.pop()
+        self.at = None
+
+    def visit(self, node: fx.Node) -> None:
+        """A part runs an operator."""
+        calls = calls_of(node)
+        self.at = (calls[-1].path if calls else "", line_of(node))
 
 
 class _Recorder(TorchDispatchMode):
@@ -198,12 +260,13 @@ class _Recorder(TorchDispatchMode):
         scope = self._scope
         handles = []
         for name, child in module.named_modules():
-            handles.append(child.register_forward_pre_hook(lambda *_, name=name: scope.stack.append(name)))
-            # Also after an error, which the caller may survive.
-            handles.append(child.register_forward_hook(lambda *_: _leave(scope), always_call=True))
+            handles.append(child.register_forward_pre_hook(lambda *_, name=name: scope.enter(name)))
+            handles.append(child.register_forward_hook(lambda *_: scope.leave(), always_call=True))
+        visiting = VISITOR.set(scope.visit)
         try:
             yield
         finally:
+            VISITOR.reset(visiting)
             for handle in handles:
                 handle.remove()
 
@@ -213,22 +276,17 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         node = torch._C._current_autograd_node()
         if node is None:
-            module = self._scope.stack[-1] if self._scope.stack else ""
+            module, line = self._scope.place
             # The node of this operator took the last number; an operator without a node must not claim that.
-            self._scope.made_in.setdefault(torch.autograd._get_sequence_nr() - 1, module)
+            self._scope.made_in.setdefault(torch.autograd._get_sequence_nr() - 1, (module, line))
         else:
-            module = self._scope.made_in.get(node._sequence_nr(), "")
+            module, line = self._scope.made_in.get(node._sequence_nr(), ("", ""))
         first = next((each for each in pytree.tree_leaves(args) if isinstance(each, Tensor)), None)
         shape = None if first is None else tuple(first.shape)
         name = str(func._schema.name).replace("::", ".")
         name = "Tensor.item" if func is aten._local_scalar_dense.default else name
-        self._heard(Use(name, module, shape, node is not None, _by_value(func, args)), result)
+        self._heard(Use(name, module, line, shape, node is not None, _by_value(func, args)), result)
         return result
-
-
-def _leave(scope: _Scope) -> None:
-    if scope.stack:
-        scope.stack.pop()
 
 
 def _refuse(use: Use, result: Any) -> None:

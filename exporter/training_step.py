@@ -202,11 +202,10 @@ def trace_update(stage: Stage, optimizer: Optimizer, state: StageState, rewrite:
 
 def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrite: Rewrite) -> TracedProgram:
     """Trace the forward pass in evaluation mode: `(parameters..., statistics..., x) -> logits (N, classes)`."""
-    fixed = _fixed_buffers(stage)
 
     def evaluate(tensors: Mapping[str, Tensor]) -> Results:
         values = _of_model(state, tensors) | {name: tensors[name] for name in state.statistics}
-        logits: Tensor = functional_call(stage.model, {**values, **fixed}, (tensors["x"],))
+        logits: Tensor = functional_call(stage.model, values, (tensors["x"],))
         return {}, [logits]
 
     stage.model.eval()
@@ -228,7 +227,10 @@ def _backward(
     """
     # The model writes its running statistics in place; it gets copies, so that the caller's tensors change only once
     # the whole step has been computed.
-    mutated = {n: value.clone() for n, value in _fixed_buffers(stage).items()}
+    counters = {
+        n: each for n, each in stage.model.named_buffers() if n in stage.written - state.statistics.keys()
+    }
+    mutated = {n: each.clone() for n, each in counters.items()}
     mutated |= {name: tensors[name].clone() for name in state.statistics}
     leaves = {n: tensors[n].detach().requires_grad_() for n in _in_tiles(state.layout, state.parameters)}
     # The backward pass too: what is computed again drops the same values again.
@@ -274,10 +276,6 @@ def _forward(stage: Stage, variant: Variant) -> Forward:
     if variant.recompute:
         return RecomputingForward(stage)
     return lambda tensors, x, dropout: functional_call(stage.model, dict(tensors), (x,))
-
-
-def _fixed_buffers(stage: Stage) -> dict[str, Tensor]:
-    return {name: b for name, b in stage.model.named_buffers() if not torch.is_floating_point(b)}
 
 
 def _trace(

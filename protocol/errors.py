@@ -41,3 +41,20 @@ class StorageExceeded(RunError):
 
 class ProtocolViolation(FrostlineError):
     """A message from the network is malformed or not allowed; it is dropped, never acted on."""
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, cut to its first line.
+
+    Parameters
+    ----------
+    error
+        Any error, including those whose message is empty or spans lines.
+
+    Returns
+    -------
+    str
+        The first line, or the error's type where it says nothing.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -163,7 +163,7 @@ def _scaled_width(spec: ModelSpec, options: Mapping[str, Any], width: float) -> 
 def _growing(
     config: RunConfig, spec: ModelSpec, options: ExportOptions, test: Samples | None
 ) -> GrowingSchedule:
-    parts = cut(spec.module, config.model.blocks, spec.example(2), spec.vocabulary)
+    parts = cut(spec.module, config.model.blocks, spec.example(2), spec.vocabulary, spec.classes)
     int8 = config.training.prefix == "int8"
     return GrowingSchedule(
         spec,

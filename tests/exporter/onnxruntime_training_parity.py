@@ -25,6 +25,7 @@ from frostline.exporter.inputs import random_inputs
 from frostline.exporter.onnxruntime_training import TrainingArtifacts, generate_training_artifacts
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
 from frostline.exporter.parity import VANISHING, train_eagerly
+from frostline.exporter.part import tensors_of
 from frostline.exporter.stage import Stage, build_stage
 from frostline.protocol.errors import FrostlineError
 from frostline.protocol.manifest import TensorSpec
@@ -90,10 +91,11 @@ def compare(
         resumed.restore(states[-1])
         resumed.step([(x.numpy(), y.numpy()) for x, y in batches[-1]], rate)
         gone_on = {name: torch.from_numpy(value.copy()) for name, value in resumed.trained().items()}
-    each, want, moved, gradients = train_eagerly(stage, optimizer, batches, rate)
-    wanted_losses = [
-        sum(each[i : i + micro_batches]) / micro_batches for i in range(0, len(each), micro_batches)
-    ]
+    eager = list(train_eagerly(stage, optimizer, batches, rate))
+    want, gradients = eager[-1].tensors, eager[-1].gradient_norms
+    before = tensors_of(stage.model)
+    moved = {name: each - before[name].detach() for name, each in want.items()}
+    wanted_losses = [step.loss for step in eager]
     floor = VANISHING * max(gradients.values())
     compared = [name for name in got if gradients.get(name, 1.0) >= floor]
     return {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,10 @@ from torch import nn
 
 from frostline.exporter.cutting import CutModel, cut
 from frostline.exporter.models.lookup import BUILTIN_NAMES
-from frostline.exporter.output_module import LinearOutput, build_output_module
+from frostline.exporter.output_module import LinearOutput, build_output_module, stand_in
 from frostline.exporter.stage import build_stage, load_tensors, trainable_tensors
 from frostline.protocol.errors import UsageError
+from tests.exporter.padded_tokens import PaddedTokens
 from tests.exporter.small_models import IMAGE_CNNS, small_model
 
 
@@ -82,8 +84,11 @@ def test_one_dimensional_features_and_dtype() -> None:
         nn.AdaptiveAvgPool1d(1),
         nn.Flatten(),
         nn.Linear(6, 3),
-    ).double()
-    parts = cut(module, ["0", "1"], torch.zeros(2, 2, 16).double())
+    )
+    parts = cut(module, ["0", "1"], torch.zeros(2, 2, 16))
+    for block in parts.blocks:
+        block.module.double()
+    parts.head.double()
     output_module = build_output_module(parts, 0, seed=0)
     layer = output_module.get_submodule("stand_in_1")
     assert isinstance(layer, nn.Conv1d)
@@ -111,6 +116,11 @@ class _Turned(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         turned: torch.Tensor = self.layer(features.transpose(1, 2)).transpose(1, 2)
         return turned
+
+
+class _Transposed(nn.Module):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features.transpose(1, 2)
 
 
 class _ConvNeXtUnit(nn.Module):
@@ -171,8 +181,11 @@ def test_the_block_tells_which_axis_holds_its_features(
 
 
 def test_stand_in_of_tokens_changes_their_width() -> None:
-    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6), nn.Flatten(), nn.Linear(30, 2)).double()
-    layer = build_output_module(cut(module, ["0", "1"], torch.zeros(2, 5, 3).double()), 0, seed=0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6), nn.Flatten(), nn.Linear(30, 2))
+    parts = cut(module, ["0", "1"], torch.zeros(2, 5, 3))
+    parts.blocks[1].module.double()
+    parts.head.double()
+    layer = build_output_module(parts, 0, seed=0)
     assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
         "stand_in_1.weight": (6, 4),
         "head.3.weight": (2, 30),
@@ -182,26 +195,65 @@ def test_stand_in_of_tokens_changes_their_width() -> None:
 
 
 @pytest.mark.parametrize(
-    ("second", "expected"),
+    ("second", "outgoing"),
     [
-        (
-            nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (2, 8)), nn.Linear(8, 3)),
-            ["[2, 4, 4]", "[2, 2, 3]", "number of tokens"],
-        ),
-        (nn.ConvTranspose2d(2, 2, 2, 2), ["'1'", "[2, 4, 4]", "[2, 8, 8]", "no stride"]),
-        (
-            nn.Sequential(nn.Flatten(), nn.Linear(32, 4)),
-            ["'1'", "[2, 4, 4]", "[4]", "(channels, height, width)"],
-        ),
+        (nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (2, 8)), nn.Linear(8, 3)), (2, 2, 3)),
+        (nn.ConvTranspose2d(2, 2, 2, 2), (2, 8, 8)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(32, 4)), (4,)),
+        (nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(2), _Transposed(), nn.Linear(4, 6)), (16, 6)),
+        (nn.Upsample(scale_factor=1.5), (2, 6, 6)),
+        (nn.Conv2d(2, 3, 1, (3, 1)), (3, 2, 4)),
     ],
 )
-def test_features_that_cannot_be_imitated(second: nn.Module, expected: list[str]) -> None:
-    module = nn.Sequential(nn.Conv2d(1, 2, 1), second)
+def test_features_of_any_shape_are_imitated(second: nn.Module, outgoing: tuple[int, ...]) -> None:
+    second = second if any(True for _ in second.parameters()) else nn.Sequential(second, nn.Conv2d(2, 2, 1))
+    module = nn.Sequential(nn.Conv2d(1, 2, 1), second, nn.Flatten(), nn.Linear(math.prod(outgoing), 2))
     parts = cut(module, ["0", "1"], torch.zeros(2, 1, 4, 4))
-    with pytest.raises(UsageError) as caught:
-        build_output_module(parts, 0, seed=0)
-    assert all(part in str(caught.value) for part in expected)
-    assert "\n" not in str(caught.value)
+    assert parts.blocks[1].output_shape == outgoing
+    output_module = build_output_module(parts, 0, seed=0)
+    given = torch.randn(3, 2, 4, 4)
+    assert output_module.get_submodule("stand_in_1")(given).shape == (3, *outgoing)
+    assert torch.count_nonzero(output_module(given)) > 0
+
+
+def test_what_a_block_only_passes_on_is_passed_on() -> None:
+    module = PaddedTokens().train()
+    ids = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]])
+    parts = cut(module, ["encoder.layers.0", "encoder.layers.1", "encoder.layers.2"], ids, 11)
+    for kind in ("convolutions", "linear"):
+        output_module = build_output_module(parts, 0, 0, kind)  # type: ignore[arg-type]
+        handed = parts.blocks[0].module(ids)
+        logits = output_module(handed)
+        assert logits.shape == (2, 3)
+        logits.sum().backward()
+    stand_in = build_output_module(parts, 0, 0).get_submodule("stand_in_1")
+    size = parts.blocks[0].outputs[0].size
+    mask = [index for index, value in enumerate(parts.blocks[0].outputs) if value.shape == (5,)]
+    assert mask
+    where = slice(0, 5) if mask == [0] else slice(size, None)
+    assert torch.equal(stand_in(handed)[:, where], handed[:, where])
+
+
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_no_stand_in_outweighs_its_block(name: str) -> None:
+    parts = _cut(name)
+    for index in range(1, len(parts.blocks)):
+        ours = sum(each.numel() for each in stand_in(parts, index, 0).parameters())
+        assert ours <= sum(each.numel() for each in parts.blocks[index].module.parameters())
+
+
+def test_stand_ins_grow_lighter_as_blocks_do() -> None:
+    def stand_in_of(block: nn.Module) -> nn.Module:
+        module = nn.Sequential(
+            nn.Conv2d(1, 8, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        )
+        return stand_in(cut(module, ["0", "1"], torch.zeros(2, 1, 4, 4)), 1, 0)
+
+    assert type(stand_in_of(nn.Conv2d(8, 8, 3, padding=1))) is nn.Conv2d
+    separable = stand_in_of(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)))
+    assert [type(each) for each in separable] == [nn.Conv2d, nn.Conv2d]  # type: ignore[attr-defined]
+    low_rank = stand_in_of(nn.Conv2d(8, 8, 3, padding=1, groups=4))
+    assert isinstance(low_rank[1], nn.Sequential)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("stage", [-1, 3])

@@ -17,7 +17,7 @@ from frostline.exporter.executorch_lowering import (
     run_program,
 )
 from frostline.exporter.stage import Stage, build_stage
-from frostline.exporter.support import check_values, explain
+from frostline.exporter.support import check_model, explain
 from frostline.protocol.errors import RunError, UsageError
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -65,10 +65,10 @@ def _not_compiled(stage: Stage) -> str:
 @pytest.mark.parametrize(
     ("function", "operator"),
     [
-        (lambda x: x * (x[x > 0].mean()), "aten.index of shape [2, 4, 8, 8]"),
-        (lambda x: x * x.nonzero().sum(), "aten.nonzero of shape [2, 4, 8, 8]"),
-        (lambda x: x * x.masked_select(x > 0).mean(), "aten.masked_select of shape [2, 4, 8, 8]"),
-        (lambda x: x * x.unique().sum(), "aten._unique2 of shape [2, 4, 8, 8]"),
+        (lambda x: x * (x[x > 0].mean()), "aten.index of shape [3, 4, 8, 8]"),
+        (lambda x: x * x.nonzero().sum(), "aten.nonzero of shape [3, 4, 8, 8]"),
+        (lambda x: x * x.masked_select(x > 0).mean(), "aten.masked_select of shape [3, 4, 8, 8]"),
+        (lambda x: x * x.unique().sum(), "aten._unique2 of shape [3, 4, 8, 8]"),
         (lambda x: x if x.sum() > 0 else -x, "Tensor.item of shape []"),
         (lambda x: x[:, : int(x.abs().sum()) + 1], "Tensor.item of shape []"),
     ],
@@ -91,7 +91,7 @@ def test_what_depends_on_values_is_refused(function: Callable[[Tensor], Tensor],
 def test_what_keeps_its_shape_is_let_through(function: Callable[[Tensor], Tensor]) -> None:
     model = _model(function)
     modes = [child.training for child in model.eval().modules()]
-    check_values(model, IMAGES)
+    check_model(model, IMAGES)
     assert [child.training for child in model.modules()] == modes
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in model.modules())
 
@@ -99,7 +99,7 @@ def test_what_keeps_its_shape_is_let_through(function: Callable[[Tensor], Tensor
 def test_complex_activations_are_refused() -> None:
     message = _refused(lambda x: torch.fft.ifft2(torch.fft.fft2(x)).real)
     assert (
-        "of shape [2, 4, 8, 8] in module '0.1' returns complex64: complex numbers cannot be trained"
+        "of shape [3, 4, 8, 8] in module '0.1' returns complex64: complex numbers cannot be trained"
         in message
     )
 
@@ -123,7 +123,10 @@ def test_other_float_types_are_refused(dtype: torch.dtype) -> None:
 
 def test_an_operator_without_a_kernel_is_named_with_its_shape_and_module() -> None:
     message = _not_compiled(_stage(torch.erfinv))
-    assert "aten.erfinv of shape [2, 4, 8, 8] in module '0.1': ExecuTorch has no kernel for it" in message
+    assert (
+        "aten.erfinv of shape [2, 4, 8, 8] in module '0.1' (test_support.py:36): ExecuTorch has no kernel for it"
+        in message
+    )
 
 
 def test_a_gradient_without_a_kernel_is_named_with_its_shape_and_module() -> None:
@@ -133,14 +136,20 @@ def test_a_gradient_without_a_kernel_is_named_with_its_shape_and_module() -> Non
 
 
 def test_an_operator_that_only_the_frozen_prefix_lacks() -> None:
-    with pytest.raises(RunError, match=r"cannot be compiled: aten\.erfinv of shape .* in module '0\.1': "):
+    with pytest.raises(
+        RunError,
+        match=r"cannot be compiled: aten\.erfinv of shape .* in module '0\.1' \(test_support\.py:36\): ",
+    ):
         compile_prefix(_stage(torch.erfinv), batch=2)
 
 
 def test_a_failure_that_names_no_operator_points_at_a_suspect() -> None:
     stage = _stage(lambda x: torch.linalg.inv(x + torch.eye(8)))
     message = explain(RuntimeError("cannot go on\nand more"), stage.model, IMAGES)
-    assert message == "aten.linalg_inv_ex of shape [2, 4, 8, 8] in module '0.1': cannot go on"
+    assert (
+        message
+        == "aten.linalg_inv_ex of shape [2, 4, 8, 8] in module '0.1' (test_support.py:36): cannot go on"
+    )
     ordinary = _stage(torch.relu)
     assert explain(RuntimeError("cannot go on"), ordinary.model, IMAGES) == "cannot go on"
 
@@ -152,8 +161,10 @@ def test_a_shape_that_training_alone_makes_depend_on_values() -> None:
 
     model = _model(torch.relu)
     model.get_submodule("0").add_module("2", Sometimes())
-    stage = build_stage(cut(model, ["0", "1"], IMAGES), 0, seed=0)
-    assert "aten.index of shape [2, 4, 8, 8] in module '0.2': " in _not_compiled(stage)
+    with pytest.raises(
+        UsageError, match=r"aten.index of shape \[3, 4, 8, 8\] in module '0.2' makes what follows"
+    ):
+        cut(model, ["0", "1"], IMAGES)
 
 
 def test_all_modules_with_the_operator_are_listed() -> None:

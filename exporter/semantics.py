@@ -1,0 +1,149 @@
+"""The proof that a cut model is the model: one step of both on the same batch, in training and in evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from frostline.exporter.capture import authors_mode
+from frostline.exporter.dropout import SeededDropout
+from frostline.exporter.part import tensors_of
+from frostline.protocol.errors import UsageError
+
+TOLERANCE = 1e-3
+"""Largest difference let through, relative to the norm of what is compared: the same operators in float32 are within 1e-5."""
+
+FLOOR = 1e-6
+"""Gradients this much smaller than the largest are all rounding."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a model did with one batch.
+
+    Attributes
+    ----------
+    outputs, evaluated : Tensor
+        What it returned in training and in evaluation mode.
+    gradients : dict
+        Of a fixed function of the outputs, for the parameters that it reaches.
+    written : dict
+        The buffers, and in odd models parameters, that the step wrote, with their new values.
+    """
+
+    outputs: Tensor
+    evaluated: Tensor
+    gradients: dict[str, Tensor]
+    written: dict[str, Tensor]
+
+
+def observe(module: nn.Module, x: Tensor) -> Observation:
+    """Run a model on a batch in both modes; its tensors stay as they are.
+
+    Raises whatever the model's own code raises.
+    """
+    step = observe_step(module, x)
+    with _plain(), authors_mode(module, training=False), torch.no_grad():
+        return replace(step, evaluated=functional_call(module, copies_of(module), (x.clone(),)))
+
+
+def observe_step(module: nn.Module, x: Tensor) -> Observation:
+    """The same in training mode only: `evaluated` is empty."""
+    tensors, given = tensors_of(module), copies_of(module)
+    versions = {name: each._version for name, each in given.items()}
+    with _plain(), authors_mode(module, training=True), SeededDropout(torch.tensor(1.0)):
+        torch.default_generator.manual_seed(0)
+        outputs = functional_call(module, given, (x.clone(),))
+        gradients = _gradients(outputs, {name: each for name, each in given.items() if each.requires_grad})
+    written = {
+        name: each.detach()
+        for name, each in given.items()
+        if each._version != versions[name] or not torch.equal(each, tensors[name])
+    }
+    return Observation(outputs.detach(), outputs.new_empty(0), gradients, written)
+
+
+def copies_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's parameters and buffers by name; what is shared stays shared."""
+    tensors = tensors_of(module)
+    copies = {id(each): each.detach().clone().requires_grad_(each.requires_grad) for each in tensors.values()}
+    return {name: copies[id(each)] for name, each in tensors.items()}
+
+
+def _gradients(outputs: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of a weighted sum of the outputs, of those that it reaches."""
+    if not outputs.requires_grad or not wanted:
+        return {}
+    weights = torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).reshape(outputs.shape)
+    found = torch.autograd.grad((outputs * weights).sum(), list(wanted.values()), allow_unused=True)
+    return {name: each for name, each in zip(wanted, found, strict=True) if each is not None}
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """PyTorch's transformer layers as they train, and random numbers that belong to nobody else."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def check_same(whole: Observation, parts: nn.Module, x: Tensor, title: str) -> None:
+    """Check that a model's parts, one after another, do with a batch what the model did.
+
+    Raises
+    ------
+    UsageError
+        Naming what differs: the outputs, a parameter's gradient or a buffer.
+    """
+    found = observe(parts, x)
+
+    def refuse(what: str) -> UsageError:
+        return UsageError(
+            f"model {title} cannot be cut: {what}. What it does there is hidden from the export, such as a gradient of its "
+            "own (autograd.Function) or state outside of its tensors; write it in plain operators"
+        )
+
+    for mode, ours, theirs in (
+        ("training", found.outputs, whole.outputs),
+        ("evaluation", found.evaluated, whole.evaluated),
+    ):
+        if not close(ours, theirs):
+            raise refuse(f"in {mode} its parts return other values than it does")
+    norms = [float(each.norm()) for each in whole.gradients.values()]
+    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
+    for name in sorted({*whole.gradients, *found.gradients}):
+        our_gradient, gradient = found.gradients.get(name), whole.gradients.get(name)
+        if our_gradient is None or gradient is None:
+            trains, does_not = (
+                ("the model", "its parts do not")
+                if our_gradient is None
+                else ("its parts", "the model does not")
+            )
+            raise refuse(f"{trains} train {name!r}, {does_not}")
+        if not close(our_gradient, gradient, FLOOR * largest):
+            raise refuse(f"the gradient of {name!r} is another one in its parts")
+    for name in sorted({*whole.written, *found.written}):
+        our_value, value = found.written.get(name), whole.written.get(name)
+        if our_value is None or value is None or not close(our_value.float(), value.float()):
+            raise refuse(f"buffer {name!r} takes other values in its parts")
+
+
+def close(ours: Tensor, theirs: Tensor, floor: float = FLOOR) -> bool:
+    """Whether two tensors are the same but for rounding; not a number is the same as itself."""
+    if ours.shape != theirs.shape:
+        return False
+    both = torch.isfinite(ours) & torch.isfinite(theirs)
+    if not bool((both | (ours == theirs) | (ours.isnan() & theirs.isnan())).all()):
+        return False
+    ours, theirs = ours[both].double(), theirs[both].double()
+    return float((ours - theirs).norm()) <= TOLERANCE * float(theirs.norm()) + floor

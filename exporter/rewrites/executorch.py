@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from frostline.exporter.rewrites.functional import functional
 from frostline.exporter.rewrites.interpreter import RewritingInterpreter
 
 aten = torch.ops.aten
-
-_EMPTY = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
 
 
 def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
@@ -25,33 +24,13 @@ def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
     """
-    _take_fillings(graph)
-    traced = make_fx(
-        RewritingInterpreter(graph).run,
-        tracing_mode="fake",
-        _allow_non_fake_inputs=True,
-    )
+    run = RewritingInterpreter(functional(graph, arguments)).run
+    traced = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
     rewritten: fx.GraphModule = traced(*arguments)
     _join_linear(rewritten.graph)
     rewritten.graph.eliminate_dead_code()
     rewritten.recompile()
     return rewritten
-
-
-def _take_fillings(graph: fx.GraphModule) -> None:
-    """What is copied over a tensor without values, as dropout's draws are, takes its place."""
-    for write in graph.graph.find_nodes(op="call_function", target=aten.copy_.default):
-        filled, values = write.args
-        if filled.target not in _EMPTY or len(filled.users) > 1:
-            continue
-        if all(
-            getattr(filled.meta["val"], what) == getattr(values.meta["val"], what)
-            for what in ("shape", "dtype")
-        ):
-            write.replace_all_uses_with(values)
-            graph.graph.erase_node(write)
-            graph.graph.erase_node(filled)
-    graph.recompile()
 
 
 def _join_linear(graph: fx.Graph) -> None:

@@ -167,7 +167,7 @@ def _serialized(edge: Any, backend: Any) -> LoweredProgram:
 def kernel_names() -> set[str]:
     """The operators the runtime has kernels for, such as ``aten::add.out``."""
     with quiet():
-        from executorch.extension.pybindings.portable_lib import _get_operator_names
+        from executorch.extension.pybindings._portable_lib import _get_operator_names
 
         return set(_get_operator_names())
 

@@ -46,7 +46,7 @@ class ExecuTorchTarget:
     def load(self, program: LoweredProgram) -> Run:
         """The program in the portable runtime."""
         with quiet():
-            from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+            from executorch.extension.pybindings._portable_lib import _load_for_executorch_from_buffer
 
             module = _load_for_executorch_from_buffer(program.content)
 

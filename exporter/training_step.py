@@ -295,7 +295,9 @@ def _trace(
         return [*new.values(), *results]
 
     traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)
-    graph: fx.GraphModule = traced(*inputs.values())
+    # Where this machine has it, oneDNN computes a recurrent layer at once: an operator that no device knows.
+    with torch.backends.mkldnn.flags(enabled=False):
+        graph: fx.GraphModule = traced(*inputs.values())
     graph.graph.eliminate_dead_code()
     update_early(graph.graph, written)
     used = _drop_unused(graph, inputs, written)

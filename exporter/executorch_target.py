@@ -35,7 +35,8 @@ class ExecuTorchTarget:
         self, program: TracedProgram, tensors: Mapping[str, Tensor], results: Sequence[str]
     ) -> LoweredProgram:
         """A program whose arena is planned by ExecuTorch."""
-        lowered = lower_portable(program, program.arguments(tensors))
+        written = [program.inputs.index(name) for name in program.written]
+        lowered = lower_portable(program.graph_module, program.arguments(tensors), written)
         return LoweredProgram(lowered.content, program.inputs, lowered.arena_bytes)
 
     def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.rewrites.functional import functional
@@ -25,12 +28,18 @@ def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -
         Its inputs; only their shapes and dtypes matter.
     """
     run = RewritingInterpreter(functional(graph, arguments)).run
-    traced = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
+    traced = make_fx(run, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
     rewritten: fx.GraphModule = traced(*arguments)
     _join_linear(rewritten.graph)
     rewritten.graph.eliminate_dead_code()
     rewritten.recompile()
     return rewritten
+
+
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """For operators that ExecuTorch has no kernels for."""
+    return dict(core_aten_decompositions())
 
 
 def _join_linear(graph: fx.Graph) -> None:
@@ -40,6 +49,6 @@ def _join_linear(graph: fx.Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         rows, matrix = node.args
-        if isinstance(matrix, fx.Node) and matrix.target is aten.t.default:
+        if isinstance(matrix, fx.Node) and matrix.target is aten.permute.default:
             node.target = aten.linear.default
             node.args = (rows, matrix.args[0])

@@ -20,10 +20,12 @@ from frostline.protocol.tensors import Array
 # It must be said before the library loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Both print notices about optional parts and the processor that no user of an agent can act on.
+# Both print notices about optional parts and the processor that no user of an agent can act on. The second needs the
+# libraries that torch loads. Its public name, `portable_lib`, imports a compiler for a deprecation warning: 3 CPU seconds
+# and 138 MB in every process that trains.
 with quiet_standard_error():
     import torch
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+    from executorch.extension.pybindings._portable_lib import _load_for_executorch_from_buffer
 
 
 _Argument = str | torch.Tensor

@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, export
-from torch.fx.passes.infra.pass_base import PassResult
+from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
@@ -54,19 +54,64 @@ class UnsupportedOperators(Exception):
         super().__init__(f"{', '.join(self.operators)}: {reason}")
 
 
-def lower_portable(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredProgram:
-    """Lower a traced program whose inputs, mutated or not, stay in the caller's memory."""
-    with quiet(), _without_collection():
-        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
-        from executorch.exir.passes import MemoryPlanningPass
+def lower_portable(
+    module: nn.Module, arguments: Sequence[Tensor], written: Sequence[int] = ()
+) -> LoweredProgram:
+    """Lower a program whose inputs, written or not, stay in the caller's memory.
 
-        # The traced graph holds copying variants and in-place copies that the core-ATen check does not list. Kept
-        # whole, `linear` multiplies by a transposed weight as it lies in memory.
-        configuration = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[aten.linear.default])
-        edge = to_edge(_exported(module, arguments), compile_config=configuration)
-        planning = MemoryPlanningPass(alloc_graph_input=False)
-        backend = ExecutorchBackendConfig(passes=[write_back_early], memory_planning_pass=planning)
-        return _serialized(edge, backend)
+    Parameters
+    ----------
+    module : Module
+        A flat graph of functional ATen operators that have kernels; any other module is traced first.
+    arguments : sequence of Tensor
+        Its inputs; only their shapes and dtypes matter.
+    written : sequence of int
+        Which arguments its first results are written to.
+
+    Raises
+    ------
+    UnsupportedOperators
+        If the runtime has no kernels for some operators.
+    """
+    graph = module if _is_flat(module) else _traced(module, arguments)
+    missing = missing_kernels(graph.graph)
+    if missing:
+        raise UnsupportedOperators(missing, NO_KERNEL)
+    with quiet(), _without_collection():
+        from executorch.exir import ExecutorchBackendConfig
+        from executorch.exir.passes import MemoryPlanningPass
+        from executorch.exir.program import ExecutorchProgramManager
+
+        from frostline.exporter.executorch_dialect import execution_graph, exported
+
+        executed = execution_graph(graph, dict(enumerate(written)))
+        MemoryPlanningPass(alloc_graph_input=False).run(executed)
+        program = ExecutorchProgramManager({"forward": exported(executed)}, None, ExecutorchBackendConfig())
+        plan = program.executorch_program.execution_plan[0]
+        return LoweredProgram(bytes(program.buffer), sum(plan.non_const_buffer_sizes))
+
+
+def missing_kernels(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The operators of a flat graph that the runtime has no kernels for, such as ``aten::cumsum``, and where each is."""
+    with quiet():
+        from frostline.exporter.executorch_dialect import kernels_of
+
+    known = kernel_names()
+    found = {name: node for name, node in kernels_of(graph).items() if name not in known}
+    return {name.partition(".")[0]: node for name, node in found.items()}
+
+
+def _is_flat(module: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether it says of every value what it is."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    return all("val" in node.meta for node in module.graph.nodes if node.op not in ("get_attr", "output"))
+
+
+def _traced(module: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    trace = make_fx(torch.func.functionalize(module), tracing_mode="fake", _allow_non_fake_inputs=True)
+    traced: fx.GraphModule = trace(*arguments)
+    return traced
 
 
 def lower_delegated(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredProgram:
@@ -105,44 +150,6 @@ def run_program(module: Any, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
     return outputs
 
 
-def write_back_early(module: fx.GraphModule) -> PassResult:
-    """Move each write of a mutated input from the end of the program to where the input is last read.
-
-    ExecuTorch writes everything back at the end, each value after a copy, and returns it; the planned arena then holds
-    every new value at once.
-    """
-    from executorch.exir.dialects._ops import ops
-
-    graph = module.graph
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
-        mutated, value = write.all_input_nodes
-        if value.target is ops.edge.aten.copy.default:
-            # What is left of an in-place copy once it is made functional.
-            copy, value = value, value.all_input_nodes[1]
-            write.args = (mutated, value)
-            graph.erase_node(copy)
-        readers = [reader for reader in _readers(mutated) if reader is not write]
-        last = max([value, *readers], key=lambda node: position[node])
-        last.append(write)
-    # Returned as well, the mutated inputs would be planned a second time, as outputs.
-    output = graph.output_node()
-    results = [node for node in output.all_input_nodes if node.target is not aten.copy_.default]
-    output.args = (tuple(results),)
-    graph.lint()
-    return PassResult(module, True)
-
-
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that read a value, also through views, which share its memory once the program is lowered."""
-    from executorch.exir.dialects._ops import ops
-
-    for user in node.users:
-        yield user
-        if user.target is ops.edge.aten.view_copy.default:
-            yield from _readers(user)
-
-
 def _exported(module: nn.Module, arguments: Sequence[Tensor]) -> ExportedProgram:
     return export(module, tuple(arguments), strict=False)
 
@@ -167,7 +174,7 @@ def _serialized(edge: Any, backend: Any) -> LoweredProgram:
 def kernel_names() -> set[str]:
     """The operators the runtime has kernels for, such as ``aten::add.out``."""
     with quiet():
-        from executorch.extension.pybindings.portable_lib import _get_operator_names
+        from executorch.extension.pybindings._portable_lib import _get_operator_names
 
         return set(_get_operator_names())
 

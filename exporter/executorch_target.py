@@ -35,7 +35,8 @@ class ExecuTorchTarget:
         self, program: TracedProgram, tensors: Mapping[str, Tensor], results: Sequence[str]
     ) -> LoweredProgram:
         """A program whose arena is planned by ExecuTorch."""
-        lowered = lower_portable(program, program.arguments(tensors))
+        written = [program.inputs.index(name) for name in program.written]
+        lowered = lower_portable(program.graph_module, program.arguments(tensors), written)
         return LoweredProgram(lowered.content, program.inputs, lowered.arena_bytes)
 
     def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:
@@ -46,7 +47,7 @@ class ExecuTorchTarget:
     def load(self, program: LoweredProgram) -> Run:
         """The program in the portable runtime."""
         with quiet():
-            from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+            from executorch.extension.pybindings._portable_lib import _load_for_executorch_from_buffer
 
             module = _load_for_executorch_from_buffer(program.content)
 

@@ -19,6 +19,7 @@ from frostline.exporter.optimizer import Optimizer
 from frostline.exporter.recomputation import RecomputingForward
 from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
 from frostline.exporter.tiles import kernel, pick, tile_name, tiles_of
+from frostline.exporter.update_order import update_early
 from frostline.exporter.variant import WHOLE, Variant
 
 INPUT = "frostline input"
@@ -267,6 +268,9 @@ def _of_model(state: StageState, tensors: Mapping[str, Tensor]) -> dict[str, Ten
             values[name] = kernel([tensors[tile_name(name, i)] for i in range(math.prod(size))], size)
         else:
             values[name] = state.layout.model(name, tensors[name])
+            if name in state.layout.axes:
+                # As the model's own is: what PyTorch does differently for other strides has no meaning on a device.
+                values[name] = values[name].clone(memory_format=torch.contiguous_format)
     return values
 
 
@@ -289,8 +293,11 @@ def _trace(
         return [*new.values(), *results]
 
     traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)
-    graph: fx.GraphModule = traced(*inputs.values())
+    # Where this machine has it, oneDNN computes a recurrent layer at once: an operator that no device knows.
+    with torch.backends.mkldnn.flags(enabled=False):
+        graph: fx.GraphModule = traced(*inputs.values())
     graph.graph.eliminate_dead_code()
+    update_early(graph.graph, written)
     used = _drop_unused(graph, inputs, written)
     return TracedProgram(rewrite(graph, [inputs[name] for name in used]), used, written)
 

@@ -109,13 +109,35 @@ def _lie_together(places: Sequence[int], tensor: Tensor) -> bool:
     )
 
 
-def _clone(arrange: Arranger, x: Value, *, memory_format: Any = None) -> Value:
-    # Values are never changed where they lie, but for running statistics, which are plain.
-    return x if isinstance(x, Permuted) else x.clone()
-
-
-def _detach(arrange: Arranger, x: Any) -> Any:
+def _same(arrange: Arranger, x: Value, *, memory_format: Any = None) -> Value:
+    """Values are never changed where they lie, so one is as good as its copy."""
     return x
+
+
+def _converted(
+    arrange: Arranger, x: Value, *, dtype: torch.dtype | None = None, memory_format: Any = None, **where: Any
+) -> Value:
+    tensor, places = held(x)
+    return x if dtype in (None, tensor.dtype) else permuted(tensor.to(dtype), places)
+
+
+def _overwritten(arrange: Arranger, old: Value, new: Value, non_blocking: bool = False) -> Any:
+    """What is copied over a value takes its place."""
+    (before, _), (tensor, places) = held(old), held(new)
+    if tuple(old.shape) == tuple(new.shape):
+        return new if before.dtype == tensor.dtype else permuted(tensor.to(before.dtype), places)
+    return arrange.plain(new).to(before.dtype).expand(list(old.shape))
+
+
+def _reshaped(arrange: Arranger, x: Value, size: Sequence[int], stride: Sequence[int]) -> Any:
+    view = _view(arrange, x, size)
+    return arrange.plain(x).reshape(list(size)) if view is NotImplemented else view
+
+
+def _empty(arrange: Arranger, *args: Any, **kwargs: Any) -> Tensor:
+    """The size is the first argument that is a list."""
+    size = next(arg for arg in args if isinstance(arg, list | tuple))
+    return torch.empty(size, dtype=kwargs.get("dtype"))
 
 
 def _slice(
@@ -242,8 +264,15 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten._unsafe_view.default: _view,
     aten.cat.default: _concatenate,
     aten.channel_shuffle.default: _channel_shuffle,
-    aten.clone.default: _clone,
-    aten.detach.default: _detach,
+    aten._reshape_alias.default: _reshaped,
+    aten._to_copy.default: _converted,
+    aten.alias.default: _same,
+    aten.clone.default: _same,
+    aten.copy.default: _overwritten,
+    aten.detach.default: _same,
+    aten.empty_permuted.default: _empty,
+    aten.empty_strided.default: _empty,
+    aten.lift_fresh_copy.default: _same,
     aten.permute.default: _permute,
     aten.pixel_shuffle.default: _pixel_shuffle,
     aten.pixel_unshuffle.default: _pixel_unshuffle,

@@ -83,7 +83,7 @@ def _binary(function: Callable[..., Tensor]) -> Callable[..., Any]:
 def _power(x: Tensor, exponent: float) -> Tensor:
     """Small whole powers are products; `pow` takes ten times as long."""
     if exponent == 1:
-        return x.clone()
+        return x
     if exponent == 2:
         return x * x
     return x * x * x if exponent == 3 else torch.pow(x, exponent)
@@ -164,8 +164,6 @@ def _sum(
     if dtype is not None or not tensor.is_floating_point() or not x.dim():
         return NotImplemented
     summed = {axis % x.dim() for axis in (axes or range(x.dim()))}
-    if all(x.shape[axis] == 1 for axis in summed):
-        tensor = tensor.clone()
     total = reduction.sum_over(tensor, [places[axis] for axis in summed])
     if keepdim:
         return permuted(total, places)
@@ -261,18 +259,3 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten.tanh_backward.default: _elementwise(activation.tanh_backward),
     aten.threshold_backward.default: _threshold_backward,
 }
-
-# What is changed in place has no other readers in a traced graph: it is computed like the rest.
-_IN_PLACE = {
-    aten.elu_.default: aten.elu.default,
-    aten.hardsigmoid_.default: aten.hardsigmoid.default,
-    aten.hardswish_.default: aten.hardswish.default,
-    aten.hardtanh_.default: aten.hardtanh.default,
-    aten.leaky_relu_.default: aten.leaky_relu.default,
-    aten.mish_.default: aten.mish.default,
-    aten.relu_.default: aten.relu.default,
-    aten.sigmoid_.default: aten.sigmoid.default,
-    aten.silu_.default: aten.silu.default,
-    aten.tanh_.default: aten.tanh.default,
-}
-REWRITES.update({changing: REWRITES[function] for changing, function in _IN_PLACE.items()})

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from frostline.exporter.rewrites.functional import functional
 from frostline.exporter.rewrites.interpreter import RewritingInterpreter
 
 aten = torch.ops.aten
-
-_EMPTY = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
 
 
 def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
@@ -25,12 +27,8 @@ def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
     """
-    _take_fillings(graph)
-    traced = make_fx(
-        RewritingInterpreter(graph).run,
-        tracing_mode="fake",
-        _allow_non_fake_inputs=True,
-    )
+    run = RewritingInterpreter(functional(graph, arguments)).run
+    traced = make_fx(run, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
     rewritten: fx.GraphModule = traced(*arguments)
     _join_linear(rewritten.graph)
     rewritten.graph.eliminate_dead_code()
@@ -38,20 +36,10 @@ def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -
     return rewritten
 
 
-def _take_fillings(graph: fx.GraphModule) -> None:
-    """What is copied over a tensor without values, as dropout's draws are, takes its place."""
-    for write in graph.graph.find_nodes(op="call_function", target=aten.copy_.default):
-        filled, values = write.args
-        if filled.target not in _EMPTY or len(filled.users) > 1:
-            continue
-        if all(
-            getattr(filled.meta["val"], what) == getattr(values.meta["val"], what)
-            for what in ("shape", "dtype")
-        ):
-            write.replace_all_uses_with(values)
-            graph.graph.erase_node(write)
-            graph.graph.erase_node(filled)
-    graph.recompile()
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """For operators that ExecuTorch has no kernels for."""
+    return dict(core_aten_decompositions())
 
 
 def _join_linear(graph: fx.Graph) -> None:
@@ -61,6 +49,6 @@ def _join_linear(graph: fx.Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         rows, matrix = node.args
-        if isinstance(matrix, fx.Node) and matrix.target is aten.t.default:
+        if isinstance(matrix, fx.Node) and matrix.target is aten.permute.default:
             node.target = aten.linear.default
             node.args = (rows, matrix.args[0])

@@ -121,8 +121,18 @@ def _group_norm_backward(
 
 
 def _batch_norm(arrange: Arranger, x: Value, *rest: Any) -> Any:
-    y, mean, scale = normalization.batch_norm(arrange.image(x), *rest)
-    return image(y), mean, scale
+    y, *statistics = normalization.batch_norm(arrange.image(x), *rest)
+    return image(y), *statistics
+
+
+def _batch_norm_that_writes_nothing(arrange: Arranger, x: Value, *rest: Any) -> Any:
+    return _batch_norm(arrange, x, *rest)[:3]
+
+
+def _batch_norm_without_statistics(
+    arrange: Arranger, x: Value, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> Any:
+    return _batch_norm(arrange, x, weight, bias, None, None, *rest)[:3]
 
 
 def _batch_norm_backward(arrange: Arranger, grad: Value, x: Value, *rest: Any) -> Any:
@@ -273,7 +283,8 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten._adaptive_avg_pool2d_backward.default: _adaptive_average_pool_backward,
     aten._adaptive_avg_pool3d.default: _adaptive_average_pool,
     aten._adaptive_avg_pool3d_backward.default: _adaptive_average_pool_backward,
-    aten._native_batch_norm_legit.default: _batch_norm,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_without_statistics,
+    aten._native_batch_norm_legit_functional.default: _batch_norm,
     aten.adaptive_max_pool2d.default: _adaptive_max_pool,
     aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool_backward,
     aten.adaptive_max_pool3d.default: _adaptive_max_pool,
@@ -288,7 +299,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
     aten.max_pool3d_with_indices.default: _max_pool,
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward,
-    aten.native_batch_norm.default: _batch_norm,
+    aten.native_batch_norm.default: _batch_norm_that_writes_nothing,
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,

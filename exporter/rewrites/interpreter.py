@@ -12,8 +12,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from frostline.exporter.rewrites import (
@@ -23,6 +23,7 @@ from frostline.exporter.rewrites import (
     token_operators,
 )
 from frostline.exporter.rewrites.arrangement import Arranger, Deferred, Permuted
+from frostline.exporter.rewrites.strides import STRIDED, owner
 
 __all__ = ["REWRITES", "Permuted", "RewritingInterpreter"]
 
@@ -36,22 +37,30 @@ REWRITES: dict[Any, Callable[..., Any]] = {
 
 
 class RewritingInterpreter(fx.Interpreter):
-    """Interprets a graph of ATen operators; trace `run` to get the rewritten graph."""
+    """Interprets a graph of ATen operators that changes no value; trace `run` to get the rewritten graph."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
+        # Where memory was seen with other strides, its first owner is asked for again.
+        super().__init__(graph, garbage_collect_values=False)
         self._arrange = Arranger()
-        self._shared = _written_through_views(graph.graph)
+        self._arguments: set[int] = set()
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An argument of the program."""
+        argument = super().placeholder(target, args, kwargs)
+        self._arguments.add(id(argument))
+        return argument
 
     def run_node(self, n: fx.Node) -> Any:
-        """Leave alone what is written through views: those of the rewrites are copies."""
-        if n not in self._shared or n.op != "call_function":
+        """Look up what strides mean where the graph speaks of them: values here have none."""
+        rewrite = STRIDED.get(n.target)
+        if rewrite is None:
             return super().run_node(n)
-        args, kwargs = pytree.tree_map(self._arrange.plain, self.fetch_args_kwargs_from_env(n))
-        if _is_view(n) or _written(n):
-            return super().call_function(n.target, args, kwargs)
-        made = self.call_function(n.target, args, kwargs)
-        return pytree.tree_map(self._arrange.plain, made)
+        seen = n.all_input_nodes[0]
+        base = owner(seen)
+        (_, *args), _ = self.fetch_args_kwargs_from_env(n)
+        held = _computed(self.env[base])
+        return rewrite(self._arrange, held, base.meta["val"], seen.meta["val"], *args)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Rewrite the operator if there is a rewrite, else hand it plain tensors."""
@@ -64,54 +73,18 @@ class RewritingInterpreter(fx.Interpreter):
             if result is not NotImplemented:
                 return result
         plain_args, plain_kwargs = pytree.tree_map(self._arrange.plain, (args, kwargs))
-        if _changes(target) and isinstance(args[0], Permuted):
-            # The turned copy is everybody's.
-            plain_args = (plain_args[0].clone(), *plain_args[1:])
+        if "memory_format" in plain_kwargs:
+            plain_kwargs = {**plain_kwargs, "memory_format": torch.contiguous_format}
         return super().call_function(target, plain_args, plain_kwargs)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The graph's results as plain tensors."""
-        return super().output(target, pytree.tree_map(self._arrange.plain, args), kwargs)
+        """The graph's results as plain tensors, none of them an argument's memory."""
+        return super().output(target, pytree.tree_map(self._result, args), kwargs)
+
+    def _result(self, value: Any) -> Any:
+        plain = self._arrange.plain(value)
+        return plain.clone() if id(plain) in self._arguments else plain
 
 
 def _computed(value: Any) -> Any:
     return value.tensor() if isinstance(value, Deferred) else value
-
-
-def _written_through_views(graph: fx.Graph) -> set[fx.Node]:
-    """The values that share memory with a view that is changed in place, and what changes it."""
-    shared: set[fx.Node] = set()
-    for write in graph.nodes:
-        base = _written(write)
-        if base is None or not _is_view(base):
-            continue
-        while _is_view(base) or _written(base):
-            base = base.args[0]
-        pending = [base]
-        while pending:
-            node = pending.pop()
-            shared.add(node)
-            pending += [
-                user
-                for user in node.users
-                if user.args[0] is node and user not in shared and (_is_view(user) or _written(user))
-            ]
-    return shared
-
-
-def _written(node: fx.Node) -> Any:
-    """What a node changes in place, or None."""
-    return node.args[0] if node.op == "call_function" and _changes(node.target) else None
-
-
-def _changes(target: Any) -> bool:
-    return isinstance(target, OpOverload) and target._schema.is_mutable
-
-
-def _is_view(node: Any) -> bool:
-    """Whether the result shares memory with the first argument, but is not changed."""
-    if node.target is operator.getitem:
-        return _is_view(node.args[0])
-    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
-        return False
-    return bool(node.target.is_view)

@@ -66,10 +66,10 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize `x` (N, *spatial, C): output, mean (C,), 1 / deviation (C,).
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Normalize `x` (N, *spatial, C): output, mean (C,), 1 / deviation (C,), and the running statistics after it.
 
-    In training the running statistics are updated in place, the variance unbiased, as PyTorch does.
+    In training these are moved towards the batch's, whose variance is taken unbiased, as PyTorch does.
     """
     rows = x.reshape(-1, x.shape[-1])
     if training:
@@ -79,8 +79,8 @@ def batch_norm(
         variance = (centred * centred).sum(0) / count
         if running_mean is not None and running_var is not None:
             unbiased = momentum * count / max(count - 1, 1)
-            running_mean.copy_(running_mean * (1 - momentum) + mean * momentum)
-            running_var.copy_(running_var * (1 - momentum) + variance * unbiased)
+            running_mean = running_mean * (1 - momentum) + mean * momentum
+            running_var = running_var * (1 - momentum) + variance * unbiased
     else:
         assert running_mean is not None and running_var is not None
         mean, variance = running_mean, running_var
@@ -89,7 +89,7 @@ def batch_norm(
     y = centred * (scale if weight is None else scale * weight)
     y = (y if bias is None else y + bias).reshape(x.shape)
     empty = x.new_empty((0,))
-    return (y, mean, scale) if training else (y, empty, empty)
+    return (y, *((mean, scale) if training else (empty, empty)), running_mean, running_var)
 
 
 def batch_norm_backward(

@@ -192,7 +192,7 @@ def test_what_the_runtime_refuses_is_told_in_its_words() -> None:
     arguments = [torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 4, 4), torch.zeros(4, 4, 2, 2)]
     lowered: LoweredProgram = lower_portable(TransposedConvolutionBackward(), arguments)
     with quiet():
-        from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+        from executorch.extension.pybindings._portable_lib import _load_for_executorch_from_buffer
 
         module = _load_for_executorch_from_buffer(lowered.content)
         with pytest.raises(UnsupportedOperators) as caught:

@@ -1,0 +1,61 @@
+"""Moves a parameter's update to where its gradient is known.
+
+Autograd hands a parameter's gradient out late where the model does not use the parameter itself but a view of it, made
+before the forward pass began. Until then the gradient, or all that it is computed from, would be held.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import cast
+
+from torch import fx
+
+from frostline.exporter.tiles import split_name
+
+
+def update_early(graph: fx.Graph, written: Sequence[str]) -> None:
+    """Reorder a step's graph; what it computes stays the same.
+
+    Parameters
+    ----------
+    graph : Graph
+        Returns the new values of `written`, then its results.
+    written : sequence of str
+        Parameters and what optimizers keep of them, in tiles where they are held so, and statistics.
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for nodes in _serving_one(graph, written).values():
+        inputs = {source for node in nodes for source in node.all_input_nodes}
+        # A result of several operators' is not the last of them: it must not be moved to before the others.
+        last = max(inputs - set(nodes), key=lambda node: position[node], default=None)
+        if last is None or last.op == "placeholder":
+            continue
+        for node in reversed([node for node in nodes if position[node] > position[last]]):
+            last.append(node)
+
+
+def _serving_one(graph: fx.Graph, written: Sequence[str]) -> dict[str, list[fx.Node]]:
+    """For each tensor of the model the nodes, in order, that nothing but its new values depends on."""
+    output = graph.output_node()
+    values = cast(Sequence[fx.Node], output.args[0])
+    results = [f"result {index}" for index in range(len(values) - len(written))]
+    serves: defaultdict[fx.Node, set[str]] = defaultdict(set)
+    for value, name in zip(values, [*_of_model(written), *results], strict=True):
+        serves[value].add(name)
+    found: defaultdict[str, list[fx.Node]] = defaultdict(list)
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes if node is not output else ():
+            serves[source] |= serves[node]
+        if node.op == "call_function" and len(serves[node]) == 1:
+            found[next(iter(serves[node]))].append(node)
+    return {name: nodes[::-1] for name, nodes in found.items()}
+
+
+def _of_model(written: Sequence[str]) -> list[str]:
+    """The model's tensors that these are part of or, as `<kind>.<name>`, kept for."""
+    wholes = [split_name(name)[0] for name in written]
+    known = set(wholes)
+    kept_for = [whole.partition(".")[2] for whole in wholes]
+    return [model if model in known else whole for whole, model in zip(wholes, kept_for, strict=True)]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
+import torch
 from onnx import helper
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -28,6 +29,9 @@ IR_VERSION = 8
 """The one that came with the operator set."""
 
 NO_OPERATOR = "ONNX has no operator for it"
+NOT_SO = "ONNX cannot say it with these arguments"
+
+aten = torch.ops.aten
 
 
 def lower_to_onnx(program: TracedProgram, arguments: Sequence[Tensor], results: Sequence[str]) -> bytes:
@@ -66,7 +70,8 @@ def _described(value: Value) -> onnx.ValueInfoProto:
 def _serialized(
     graph: OnnxGraph, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
 ) -> bytes:
-    whole = helper.make_graph(graph.finished(), "program", inputs, outputs, graph.constants)
+    nodes, constants = graph.finished()
+    whole = helper.make_graph(nodes, "program", inputs, outputs, constants)
     model = helper.make_model(
         whole,
         producer_name="frostline",
@@ -104,15 +109,52 @@ class _Emitter(fx.Interpreter):
         if target is operator.getitem:
             return args[0][args[1]]
         options = {name: value for name, value in kwargs.items() if name not in _PLACEMENT}
+        dtypes = [each.dtype for each in pytree.tree_leaves((args, self._result)) if hasattr(each, "dtype")]
+        wider = next((_COMPUTED_IN[dtype] for dtype in dtypes if dtype in _COMPUTED_IN), None)
+        if wider is None or target in _MOVING:
+            return self._emitted(target, args, options, self._result)
+        return self._in_wider(target, args, options)
+
+    def _emitted(self, target: Any, args: Any, options: Any, result: Any) -> Any:
+        """The results of an operator, which PyTorch returns as `result`."""
         emit = OPERATORS.get(target)
-        made = NotImplemented if emit is None else emit(self.onnx_graph, self._result, *args, **options)
+        try:
+            made = NotImplemented if emit is None else emit(self.onnx_graph, result, *args, **options)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise UnsupportedOperators([_name(target)], NOT_SO) from error
         if made is NotImplemented:
-            raise UnsupportedOperators([_name(target)], NO_OPERATOR)
-        if isinstance(made, str):
-            return _standing_for(made, self._result)
+            raise UnsupportedOperators([_name(target)], NO_OPERATOR if emit is None else NOT_SO)
+        if isinstance(made, str | Value):
+            return _standing_for(made, result)
         return [
             None if name is None else _standing_for(name, each)
-            for name, each in zip(made, self._result, strict=False)
+            for name, each in zip(made, result, strict=False)
+        ]
+
+    def _in_wider(self, target: Any, args: Any, options: Any) -> Any:
+        """Compute in the dtypes that ONNX Runtime computes in, and round to those asked for."""
+
+        def widened(value: Any) -> Any:
+            if isinstance(value, Value) and value.dtype in _COMPUTED_IN:
+                dtype = _COMPUTED_IN[value.dtype]
+                return Value(self.onnx_graph.cast(value, dtype), value.shape, dtype)
+            if isinstance(value, Tensor) and value.dtype in _COMPUTED_IN:
+                return torch.empty(value.shape, dtype=_COMPUTED_IN[value.dtype], device="meta")
+            return _COMPUTED_IN.get(value, value) if isinstance(value, torch.dtype) else value
+
+        args, options, result = pytree.tree_map(widened, (args, options, self._result))
+        made = self._emitted(target, args, options, result)
+
+        def narrowed(value: Value, wanted: Tensor) -> Value:
+            if value.dtype == wanted.dtype:
+                return value
+            return Value(self.onnx_graph.cast(value, wanted.dtype), value.shape, wanted.dtype)
+
+        if isinstance(made, Value):
+            return narrowed(made, self._result)
+        return [
+            None if value is None else narrowed(value, each)
+            for value, each in zip(made, self._result, strict=False)
         ]
 
     def output(self, target: Any, args: Any, kwargs: Any) -> list[Value]:
@@ -125,10 +167,23 @@ class _Emitter(fx.Interpreter):
         return Value(name, value.shape, value.dtype)
 
 
-_PLACEMENT = {"device", "layout", "memory_format", "pin_memory"}
+_PLACEMENT = {"device", "layout", "memory_format", "pin_memory", "non_blocking"}
+
+_COMPUTED_IN = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.int16: torch.int32,
+    torch.int8: torch.int32,
+    torch.uint8: torch.int32,
+}
+"""Dtypes that ONNX Runtime has few operators for, and those that it has them for."""
+
+_MOVING = {aten._to_copy.default, aten.alias.default, aten.clone.default, aten.detach.default}
+"""Operators that take any dtype."""
 
 
-def _standing_for(name: str, result: Tensor) -> Value:
+def _standing_for(made: str | Value, result: Tensor) -> Value:
+    name = made if isinstance(made, str) else made.name
     return Value(name, tuple(result.shape), result.dtype)
 
 

@@ -24,16 +24,6 @@ def _reshape(graph: OnnxGraph, result: Tensor, x: Value, *rest: Any, **options: 
     return x.name if x.shape == tuple(result.shape) else graph.reshaped(x, result.shape)
 
 
-def _strided(
-    graph: OnnxGraph, result: Tensor, x: Value, size: Sequence[int], stride: Sequence[int], offset: int = 0
-) -> Any:
-    """As PyTorch's decompositions write a view."""
-    plain = torch.empty(list(size), device="meta").stride() == tuple(stride)
-    if offset or not plain or math.prod(size) != math.prod(x.shape):
-        return NotImplemented
-    return _reshape(graph, result, x)
-
-
 def _permute(graph: OnnxGraph, result: Tensor, x: Value, axes: Sequence[int]) -> Name:
     return transposed(graph, x, x.shape, [axis % x.dim() for axis in axes])
 
@@ -158,6 +148,19 @@ def padded(
     return graph.add("Pad", x, graph.integers([*before, *after]), graph.scalar(value, dtype))
 
 
+def _pad_with_own(mode: str) -> Callable[..., Any]:
+    """With what the tensor itself holds at its ends, or mirrored there."""
+
+    def emit(graph: OnnxGraph, result: Tensor, x: Value, widths: Sequence[int]) -> Any:
+        if min(widths) < 0:
+            return NotImplemented
+        missing = [0] * (x.dim() - len(widths) // 2)
+        before, after = ([*missing, *widths[side::2][::-1]] for side in (0, 1))
+        return graph.add("Pad", x, graph.integers([*before, *after]), mode=mode)
+
+    return emit
+
+
 def _slice_backward(
     graph: OnnxGraph,
     result: Tensor,
@@ -214,13 +217,17 @@ def _lookup(graph: OnnxGraph, result: Tensor, table: Value, rows: Value, *rest: 
 def _lookup_backward(
     graph: OnnxGraph, result: Tensor, grad: Value, rows: Value, count: int, padding: int, by_frequency: bool
 ) -> Any:
-    if by_frequency:
-        return NotImplemented
     width, found = grad.shape[-1], math.prod(rows.shape)
     values = graph.reshaped(grad, [found, width])
     if padding >= 0:
         skipped = graph.add("Equal", graph.reshaped(rows, [found, 1]), graph.scalar(padding, torch.int64))
         values = graph.add("Mul", values, graph.cast(graph.add("Not", skipped), grad.dtype))
+    if by_frequency:
+        none = filled(graph, 0, (count,), grad.dtype)
+        ones = filled(graph, 1, (found,), grad.dtype)
+        places = graph.reshaped(rows, [found, 1])
+        often = graph.add("ScatterND", none, places, ones, reduction="add")
+        values = graph.add("Div", values, graph.reshaped(graph.add("Gather", often, places), [found, 1]))
     zeros = filled(graph, 0, (count, width), grad.dtype)
     return graph.add("ScatterND", zeros, graph.reshaped(rows, [found, 1]), values, reduction="add")
 
@@ -231,12 +238,15 @@ def _index_select(graph: OnnxGraph, result: Tensor, x: Value, axis: int, places:
 
 def _index_add(
     graph: OnnxGraph, result: Tensor, x: Value, axis: int, places: Value, source: Value, *, alpha: float = 1
-) -> Any:
+) -> Name:
+    axis = axis % x.dim() if x.dim() else 0
+    if not x.dim():
+        return graph.add("Add", x, graph.reshaped(source, []))
+    given: Value | Name = source
     if alpha != 1:
-        return NotImplemented
-    axis %= x.dim()
+        given = graph.add("Mul", source, graph.scalar(alpha, source.dtype))
     order = [axis, *(other for other in range(x.dim()) if other != axis)]
-    rows, added = (transposed(graph, each, each.shape, order) for each in (x, source))
+    rows, added = transposed(graph, x, x.shape, order), transposed(graph, given, source.shape, order)
     indices = graph.reshaped(places, [*places.shape, 1])
     made = graph.add("ScatterND", rows, indices, added, reduction="add")
     back = [order.index(other) for other in range(x.dim())]
@@ -244,10 +254,22 @@ def _index_add(
 
 
 def _gather(graph: OnnxGraph, result: Tensor, x: Value, axis: int, places: Value, **options: Any) -> Name:
-    return graph.add("GatherElements", x, places, axis=axis % x.dim())
+    if not x.dim():
+        return graph.reshaped(x, result.shape)
+    if not places.dim():
+        places = Value(graph.reshaped(places, [1]), (1,), places.dtype)
+    return graph.reshaped(graph.add("GatherElements", x, places, axis=axis % x.dim()), result.shape)
 
 
 def _scatter(graph: OnnxGraph, result: Tensor, x: Value, axis: int, places: Value, source: Any) -> Name:
+    return _scattered(graph, x, axis, places, source, "none")
+
+
+def _scatter_add(graph: OnnxGraph, result: Tensor, x: Value, axis: int, places: Value, source: Value) -> Name:
+    return _scattered(graph, x, axis, places, source, "add")
+
+
+def _scattered(graph: OnnxGraph, x: Value, axis: int, places: Value, source: Any, reduction: str) -> Name:
     if not isinstance(source, Value):
         values = filled(graph, source, places.shape, x.dtype)
     elif source.shape != places.shape:
@@ -255,11 +277,54 @@ def _scatter(graph: OnnxGraph, result: Tensor, x: Value, axis: int, places: Valu
         values = sliced(graph, source, range(source.dim()), starts, list(places.shape), [1] * source.dim())
     else:
         values = source.name
-    return graph.add("ScatterElements", x, places, values, axis=axis % x.dim())
+    if not x.dim():
+        one = graph.reshaped(x, [1]), graph.reshaped(places, [1]), graph.reshaped(values, [1])
+        return graph.reshaped(graph.add("ScatterElements", *one, axis=0, reduction=reduction), [])
+    return graph.add("ScatterElements", x, places, values, axis=axis % x.dim(), reduction=reduction)
 
 
-def _scatter_add(graph: OnnxGraph, result: Tensor, x: Value, axis: int, places: Value, source: Value) -> Name:
-    return graph.add("ScatterElements", x, places, source, axis=axis % x.dim(), reduction="add")
+_REDUCTIONS = {
+    "sum": ("add", 0.0),
+    "prod": ("mul", 1.0),
+    "amax": ("max", -math.inf),
+    "amin": ("min", math.inf),
+}
+"""Of a scatter, and what leaves a value as it is."""
+
+
+def _scatter_reduce(
+    graph: OnnxGraph,
+    result: Tensor,
+    x: Value,
+    axis: int,
+    places: Value,
+    source: Value,
+    reduce: str,
+    *,
+    include_self: bool = True,
+) -> Name:
+    operator, neutral = _REDUCTIONS["sum" if reduce == "mean" else reduce]
+    start: Value = x
+    touched: Name | None = None
+    if not include_self:
+        start = Value(_scattered(graph, x, axis, places, _finite(neutral, x.dtype), "none"), x.shape, x.dtype)
+    made = _scattered(graph, start, axis, places, source, operator)
+    if reduce != "mean":
+        return made
+    counted = graph.constant(torch.ones(x.shape, dtype=x.dtype))
+    count = Value(counted, x.shape, x.dtype)
+    if not include_self:
+        count = Value(_scattered(graph, count, axis, places, 0, "none"), x.shape, x.dtype)
+    ones = Value(filled(graph, 1, places.shape, x.dtype), places.shape, x.dtype)
+    touched = _scattered(graph, count, axis, places, ones, "add")
+    return graph.add("Div", made, touched)
+
+
+def _finite(value: float, dtype: torch.dtype) -> float:
+    """Whole numbers have no infinity."""
+    if dtype.is_floating_point or math.isfinite(value):
+        return value
+    return torch.iinfo(dtype).max if value > 0 else torch.iinfo(dtype).min
 
 
 def filled(graph: OnnxGraph, value: float, shape: Sequence[int], dtype: torch.dtype) -> Name:
@@ -268,7 +333,18 @@ def filled(graph: OnnxGraph, value: float, shape: Sequence[int], dtype: torch.dt
     return graph.add("Expand", number, graph.integers(shape)) if len(shape) else number
 
 
+def _triangle(*, upper: bool) -> Callable[..., Name]:
+    def emit(graph: OnnxGraph, result: Tensor, x: Value, offset: int = 0) -> Name:
+        return graph.add("Trilu", x, graph.scalar(offset, torch.int64), upper=int(upper))
+
+    return emit
+
+
 def _full(graph: OnnxGraph, result: Tensor, size: Any, value: float, **options: Any) -> Name:
+    return filled(graph, value, result.shape, result.dtype)
+
+
+def _of_shape(graph: OnnxGraph, result: Tensor, x: Value, size: Any, value: float, **options: Any) -> Name:
     return filled(graph, value, result.shape, result.dtype)
 
 
@@ -284,21 +360,24 @@ def _number(graph: OnnxGraph, result: Tensor, value: float, **options: Any) -> N
 
 
 def _range(graph: OnnxGraph, result: Tensor, *limits: float, **options: Any) -> Name:
-    start, end, step = {1: (0, *limits, 1), 2: (*limits, 1), 3: limits}[len(limits)]
-    return graph.constant(torch.arange(start, end, step, dtype=result.dtype))
+    return graph.constant(torch.arange(*limits, dtype=result.dtype))
 
 
 OPERATORS: dict[Any, Callable[..., Any]] = {
+    AFTER: _after,
     aten._unsafe_view.default: _reshape,
+    aten._efficientzerotensor.default: _of(0),
     aten.arange.default: _range,
     aten.arange.start: _range,
     aten.arange.start_step: _range,
-    aten.as_strided.default: _strided,
     aten.cat.default: _join,
     aten.constant_pad_nd.default: _pad,
     aten.embedding.default: _lookup,
     aten.embedding_dense_backward.default: _lookup_backward,
     aten.empty.memory_format: _of(0),
+    aten.empty_like.default: _of(0),
+    aten.empty_permuted.default: _of(0),
+    aten.empty_strided.default: _of(0),
     aten.expand.default: _expand,
     aten.flip.default: _flip,
     aten.full.default: _full,
@@ -306,22 +385,33 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.gather.default: _gather,
     aten.index_add.default: _index_add,
     aten.index_select.default: _index_select,
+    aten.new_empty.default: _of(0),
+    aten.new_empty_strided.default: _of(0),
+    aten.new_full.default: _of_shape,
+    aten.new_ones.default: _of(1),
     aten.new_zeros.default: _of(0),
     aten.ones.default: _of(1),
     aten.ones_like.default: _of(1),
     aten.permute.default: _permute,
     aten.permute_copy.default: _permute,
+    aten.reflection_pad1d.default: _pad_with_own("reflect"),
+    aten.reflection_pad2d.default: _pad_with_own("reflect"),
+    aten.reflection_pad3d.default: _pad_with_own("reflect"),
     aten.repeat.default: _repeat,
+    aten.replication_pad1d.default: _pad_with_own("edge"),
+    aten.replication_pad2d.default: _pad_with_own("edge"),
+    aten.replication_pad3d.default: _pad_with_own("edge"),
     aten.scalar_tensor.default: _number,
     aten.scatter.src: _scatter,
     aten.scatter.value: _scatter,
     aten.scatter_add.default: _scatter_add,
+    aten.scatter_reduce.two: _scatter_reduce,
     aten.select.int: _select,
-    aten.select_copy.int: _select,
     aten.select_backward.default: _select_backward,
+    aten.select_copy.int: _select,
     aten.slice.Tensor: _slice,
-    aten.slice_copy.Tensor: _slice,
     aten.slice_backward.default: _slice_backward,
+    aten.slice_copy.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.squeeze.default: _reshape,
@@ -329,10 +419,11 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.squeeze.dims: _reshape,
     aten.t.default: _transpose,
     aten.transpose.int: _transpose,
+    aten.tril.default: _triangle(upper=False),
+    aten.triu.default: _triangle(upper=True),
     aten.unbind.int: _unbind,
     aten.unsqueeze.default: _reshape,
     aten.view.default: _reshape,
     aten.zeros.default: _of(0),
     aten.zeros_like.default: _of(0),
-    AFTER: _after,
 }

@@ -15,6 +15,11 @@ from torch import Tensor
 ELEMENT_TYPES: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
     torch.float64: TensorProto.DOUBLE,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.uint8: TensorProto.UINT8,
+    torch.int8: TensorProto.INT8,
+    torch.int16: TensorProto.INT16,
     torch.int32: TensorProto.INT32,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
@@ -39,15 +44,23 @@ Operand = Value | Name | None
 
 
 class OnnxGraph:
-    """Nodes and constants in the order they are added; every value has a name of its own."""
+    """Nodes and constants in the order they are added; every value has a name of its own.
+
+    Attributes
+    ----------
+    places_in_whole : dict
+        For the places of maxima, counted through each image, the same places counted through the whole tensor.
+    """
 
     def __init__(self) -> None:
+        self.places_in_whole: dict[Name, Name] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[TensorProto] = []
         self._names: dict[tuple[Any, ...], Name] = {}
         self._count = 0
         self._made: set[Name] = set()
         self._outputs: dict[Name, Name] = {}
+        self._returned: list[Name] = []
 
     def add(self, operator: str, *operands: Operand, **attributes: Any) -> Name:
         """A node with one result, whose name is returned; None stands for an optional input left out."""
@@ -95,16 +108,24 @@ class OnnxGraph:
         made = value.name in self._made and value.name not in self._outputs
         if made:
             self._outputs[value.name] = name
+            self._returned.append(value.name)
         else:
             # An input, a constant, or an output already.
             self.nodes.append(helper.make_node("Identity", [value.name], [name]))
+            self._returned.append(name)
 
-    def finished(self) -> list[onnx.NodeProto]:
-        """The nodes, with the outputs' names."""
-        for node in self.nodes:
+    def finished(self) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+        """The nodes, with the outputs' names, and the constants: those that an output depends on."""
+        needed = set(self._returned)
+        kept = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        for node in kept:
             for names in (node.input, node.output):
                 names[:] = [self._outputs.get(name, name) for name in names]
-        return self.nodes
+        return kept[::-1], [each for each in self.constants if each.name in needed]
 
     def _name(self) -> Name:
         self._count += 1

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from frostline.exporter.onnx_operators import arranging, convolution, elementwise, pooling, reducing
+from frostline.exporter.onnx_operators import (
+    arranging,
+    convolution,
+    elementwise,
+    pooling,
+    reducing,
+    resampling,
+)
 
 OPERATORS: dict[Any, Callable[..., Any]] = {
     **arranging.OPERATORS,
@@ -13,6 +20,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **elementwise.OPERATORS,
     **pooling.OPERATORS,
     **reducing.OPERATORS,
+    **resampling.OPERATORS,
 }
 """For each a function of the graph, what PyTorch returns (for its shape and dtype) and the operator's arguments.
 

@@ -6,17 +6,22 @@ another way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
-from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from frostline.exporter.decompositions.gradients import GRADIENTS
+from frostline.exporter.decompositions.indexing import as_strided
+from frostline.exporter.decompositions.table import DECOMPOSITIONS
 from frostline.exporter.onnx_operators.table import OPERATORS
 from frostline.exporter.rewrites import attention
+from frostline.exporter.rewrites.constants import fold_constants
+from frostline.exporter.rewrites.functional import functional
 from frostline.exporter.rewrites.waiting import let_recomputation_wait
 from frostline.exporter.training_step import INPUT
 
@@ -33,16 +38,9 @@ def rewrite_for_onnxruntime(graph: fx.GraphModule, arguments: Sequence[Tensor]) 
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
     """
-    _name_what_is_written(graph)
-    run = _Interpreter(graph).run
-    traced = make_fx(
-        torch.func.functionalize(run) if _changes_any(graph.graph) else run,
-        decomposition_table=_decompositions(),
-        tracing_mode="fake",
-        _allow_non_fake_inputs=True,
-    )
-    rewritten: fx.GraphModule = traced(*arguments)
-    rewritten.graph.eliminate_dead_code()
+    decomposed = _decomposed(functional(graph, arguments), arguments)
+    rewritten = functional(decomposed, arguments, _decompositions())
+    fold_constants(rewritten, OPERATORS)
     before, after = (each.graph.find_nodes(op="placeholder") for each in (graph, rewritten))
     for old, new in zip(before, after, strict=True):
         if old.meta.get(INPUT) == "x":
@@ -51,35 +49,42 @@ def rewrite_for_onnxruntime(graph: fx.GraphModule, arguments: Sequence[Tensor]) 
     return rewritten
 
 
+def _decomposed(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    fold_constants(graph, OPERATORS)
+    traced = make_fx(
+        _Interpreter(graph).run,
+        decomposition_table=_decompositions(),
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,
+    )
+    result: fx.GraphModule = traced(*arguments)
+    result.graph.eliminate_dead_code()
+    return result
+
+
 class _Interpreter(fx.Interpreter):
-    """Views of values that lie in memory otherwise than PyTorch's operators leave them are copies."""
+    """Views are of values, not of memory: what is rewritten lies there in another order."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Tell what a view by strides was recorded over."""
+        if n.op == "call_function" and n.target is aten.as_strided.default:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return as_strided(*args, recorded=n.args[0].meta["val"])  # type: ignore[union-attr]
+        return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operator."""
         if target in (aten.view.default, aten._unsafe_view.default):
             return args[0].reshape(args[1])
+        if target in GRADIENTS:
+            return GRADIENTS[target](*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
 
-def _name_what_is_written(graph: fx.GraphModule) -> None:
-    """`native_batch_norm` writes its running statistics but does not say so; another operator does the same and says."""
-    for node in graph.graph.find_nodes(op="call_function", target=aten.native_batch_norm.default):
-        x, weight, bias, mean, _variance, *rest = node.args
-        if mean is None:
-            node.target = aten._native_batch_norm_legit.no_stats
-            node.args = (x, weight, bias, *rest)
-        else:
-            node.target = aten._native_batch_norm_legit.default
-    graph.recompile()
-
-
-def _changes_any(graph: fx.Graph) -> bool:
-    operators = [node.target for node in graph.nodes if isinstance(node.target, OpOverload)]
-    return any(operator._schema.is_mutable for operator in operators)
-
-
+@functools.cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = {**core_aten_decompositions(), **get_decompositions(_BESIDE_THE_CORE), **_OURS}
+    theirs = {**core_aten_decompositions(), **get_decompositions(_BESIDE_THE_CORE)}
+    table = {**theirs, **DECOMPOSITIONS, **_OURS}
     return {operator: function for operator, function in table.items() if operator not in OPERATORS}
 
 
@@ -93,7 +98,10 @@ def _attention(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return attention.attention(query, key, value, attn_mask, causal, _scale(query, scale))
+    key, value = _for_each_head(query, key), _for_each_head(query, value)
+    mask, seeing = _mask(attn_mask)
+    output, logarithms = attention.attention(query, key, value, mask, causal, _scale(query, scale))
+    return output if seeing is None else output * seeing, logarithms
 
 
 def _attention_backward(
@@ -109,9 +117,37 @@ def _attention_backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return attention.attention_backward(
-        grad, query, key, value, output, logarithms, attn_mask, causal, _scale(query, scale)
+    mask, seeing = _mask(attn_mask)
+    grad_query, *grads = attention.attention_backward(
+        grad if seeing is None else grad * seeing,
+        query,
+        _for_each_head(query, key),
+        _for_each_head(query, value),
+        output,
+        logarithms,
+        mask,
+        causal,
+        _scale(query, scale),
     )
+    grad_key, grad_value = (
+        g.unflatten(1, (x.shape[1], -1)).sum(2) if g.shape != x.shape else g
+        for g, x in zip(grads, (key, value), strict=True)
+    )
+    return grad_query, grad_key, grad_value
+
+
+def _for_each_head(query: Tensor, x: Tensor) -> Tensor:
+    """Keys or values (N, H', S, d) that several heads of `query` (N, H, T, d) share, for each of those."""
+    shared = query.shape[1] // x.shape[1]
+    return x if shared == 1 else x.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2)
+
+
+def _mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A finite mask, and 1 for the rows that see something: PyTorch returns zeros for the others."""
+    if mask is None:
+        return None, None
+    seeing = (mask > attention.MASKED).any(-1, keepdim=True).to(mask.dtype)
+    return torch.clamp(mask, min=attention.MASKED), seeing
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
@@ -119,23 +155,36 @@ def _scale(query: Tensor, scale: float | None) -> float:
 
 
 _BESIDE_THE_CORE = [
+    aten._batch_norm_no_update,
+    aten._batch_norm_with_update_functional,
     aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_functional,
     aten._prelu_kernel,
     aten.addmm,
+    aten.addmv,
     aten.baddbmm,
-    aten.elu,
-    aten.hardsigmoid,
-    aten.hardswish,
+    aten.dist,
+    aten.float_power,
+    aten.grid_sampler_2d,
+    aten.ldexp,
     aten.mish,
     aten.native_batch_norm,
     aten.native_group_norm,
     aten.native_layer_norm,
+    aten.nansum,
+    aten.rrelu_with_noise_backward,
     aten.silu,
     aten.softplus,
 ]
 
+
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What is written over all of a tensor is it from then on."""
+    return source.to(x.dtype).expand(x.shape)
+
+
 _OURS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+    aten.copy.default: _copy,
 }

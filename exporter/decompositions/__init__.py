@@ -1,0 +1,1 @@
+"""Operators of PyTorch's that runtimes lack, in plainer ones."""

@@ -18,8 +18,15 @@ from frostline.exporter.layout import Layout
 from frostline.exporter.lowering_cache import LoweringCache
 from frostline.exporter.onnxruntime_training_target import OnnxRuntimeTrainingTarget
 from frostline.exporter.optimizer import SGD, Optimizer
-from frostline.exporter.parity import Parity, check_evaluation, check_parity, train_lowered
-from frostline.exporter.stage import Stage
+from frostline.exporter.parity import (
+    Parity,
+    check_evaluation,
+    check_parity,
+    check_prefix,
+    device_session,
+    train_on_device,
+)
+from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
 from frostline.exporter.support import check_dtypes, explain
 from frostline.exporter.target import LoweredProgram, Target
 from frostline.exporter.tiles import pick, split_name
@@ -110,13 +117,38 @@ def compile_stage(
             *_lower_training(stage, options, tensors, variant),
             evaluation=_lower_evaluation(stage, options, tensors),
         )
-        train = partial(train_lowered, options.target, programs.training, programs.update, tensors)
-        parity = check_parity(stage, options, variant.micro_batches, train)
-        check_evaluation(stage, options, programs.evaluation, tensors)
         flops = step_flops(stage, options.batch, recompute=variant.recompute)
-    manifest = _manifest(stage, options, variant, prefix, tensors, programs, flops)
+    manifest = _manifest(stage, options, variant, tensors, programs, flops)
     contents = {reference_to(p.content).sha256: p.content for p in programs.all}
-    return CompiledStage(manifest, contents, parity)
+    with _explained(stage), _diagnosed(options.target, programs, tensors):
+        parity = checked(stage, options, variant, manifest, contents)
+    return CompiledStage(manifest.behind(prefix), contents, parity)
+
+
+def checked(
+    stage: Stage,
+    options: ExportOptions,
+    variant: Variant,
+    manifest: StageManifest,
+    files: Mapping[str, bytes],
+) -> Parity:
+    """Run a stage's artifact as a device does, and compare it with eager PyTorch."""
+    values = {**trainable_tensors(stage), **statistics_tensors(stage)}
+    with device_session(manifest, files, values) as session:
+        check_evaluation(stage, options, variant.micro_batches, session)
+        train = partial(train_on_device, session)
+        return check_parity(stage, options, variant.micro_batches, train)
+
+
+@contextlib.contextmanager
+def _diagnosed(target: Target, programs: _LoweredStage, tensors: StageTensors) -> Iterator[None]:
+    """Where a runtime fails on a program, find which operator it was that failed: devices only see that one did."""
+    try:
+        yield
+    except RunError:
+        for program in programs.all:
+            target.load(program)(tensors.by_name)
+        raise
 
 
 def plan_stage(stage: Stage, options: ExportOptions, variant: Variant = WHOLE) -> PlannedMemory:
@@ -144,6 +176,8 @@ def compile_prefix(
         lowered = target.lower_frozen(block, x, calibration)
     inputs = [_spec("x", x, stage.vocabulary)]
     program = _program(lowered, inputs, [_spec("features", features)])
+    if calibration is None:
+        check_prefix(stage, target.engine, program, lowered.content)
     return program.model_copy(update={"flops": forward_flops(block, x)}), lowered.content
 
 
@@ -265,7 +299,6 @@ def _manifest(
     stage: Stage,
     options: ExportOptions,
     variant: Variant,
-    prefix: Sequence[Program],
     tensors: StageTensors,
     programs: _LoweredStage,
     flops: int,
@@ -292,8 +325,8 @@ def _manifest(
         if update
         else None,
         evaluation=_stage_program(programs.evaluation, tensors, [logits]),
-        prefix=list(prefix),
-        planned=_planned(programs.of_a_step, tensors, programs.evaluation).behind(prefix),
+        prefix=[],
+        planned=_planned(programs.of_a_step, tensors, programs.evaluation),
         flops=flops,
     )
 

@@ -37,12 +37,11 @@ def step_flops(stage: Stage, batch: int, *, recompute: bool = False) -> int:
     Micro-batches change nothing of it. With `recompute`, what the backward pass computes again counts again.
     """
     tensors = {**dict(stage.model.named_parameters()), **dict(stage.model.named_buffers())}
-    trainable = {name for name, parameter in stage.model.named_parameters() if parameter.requires_grad}
     # It runs the block for an example of its features, so it stands outside of the count.
     recomputing = RecomputingForward(stage) if recompute else None
     with mode(stage.model, training=True), _counting() as (counter, fake):
         values = {name: fake(tensor.detach()) for name, tensor in tensors.items()}
-        for name in trainable:
+        for name in stage.trained:
             values[name].requires_grad_()
         x = zero_inputs(batch, stage.input_shape, stage.vocabulary)
         with SeededDropout(torch.tensor(0.0)) as dropout:
@@ -50,7 +49,7 @@ def step_flops(stage: Stage, batch: int, *, recompute: bool = False) -> int:
                 recomputing(values, x, dropout) if recomputing else functional_call(stage.model, values, (x,))
             )
             loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64))
-            torch.autograd.grad(loss, [values[name] for name in sorted(trainable)])
+            torch.autograd.grad(loss, [values[name] for name in sorted(stage.trained)])
     return counter.get_total_flops()
 
 

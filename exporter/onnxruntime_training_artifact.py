@@ -5,22 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from frostline.exporter.artifact import CompiledStage, ExportOptions, arrays
+from frostline.exporter.artifact import CompiledStage, ExportOptions, arrays, checked
 from frostline.exporter.flops import step_flops
 from frostline.exporter.onnxruntime_training import TrainingArtifacts, generate_training_artifacts
 from frostline.exporter.optimizer import AdamW
-from frostline.exporter.parity import LEARNING_RATE, Steps, check_parity
 from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
 from frostline.exporter.variant import Variant
 from frostline.protocol.artifact import write_artifact
-from frostline.protocol.blobs import BlobStore, reference_to
+from frostline.protocol.blobs import reference_to
 from frostline.protocol.errors import RunError, UsageError
 from frostline.protocol.manifest import NEW, PlannedMemory, Program, StageManifest, TensorSpec
 
@@ -49,10 +46,7 @@ def compile_artifacts(
         values = {**trainable_tensors(stage), **statistics_tensors(stage)}
         write_artifact(Path(folder), manifest, files, arrays(values))
         manifest = manifest.model_copy(update={"planned": _planned(manifest, options, Path(folder))})
-        store = BlobStore(Path(folder) / "files")
-        parity = check_parity(
-            stage, options, variant.micro_batches, lambda steps: _train(manifest, store, values, steps)
-        )
+    parity = checked(stage, options, variant, manifest, files)
     return CompiledStage(manifest.behind(prefix), files, parity)
 
 
@@ -129,15 +123,3 @@ def _planned(manifest: StageManifest, options: ExportOptions, artifact: Path) ->
         - (manifest.checkpoint or manifest.files[0]).size,
     }
     return PlannedMemory(arena=max(int(measured.stdout) - sum(known.values()), 0), **known)
-
-
-def _train(
-    manifest: StageManifest, store: BlobStore, values: Mapping[str, Tensor], steps: Steps
-) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    from frostline.device_runtime.engine import open_runtime
-
-    session = open_runtime(manifest.engine).open_stage(manifest, store)
-    session.load(arrays(values))
-    for parts in steps:
-        loss = session.step([(x.numpy(), y.numpy()) for x, y in parts], LEARNING_RATE)[0]
-        yield loss, {name: torch.from_numpy(np.array(value)) for name, value in session.trained().items()}

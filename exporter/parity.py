@@ -1,4 +1,4 @@
-"""The check before an artifact ships: the lowered programs, in their real runtime, against eager PyTorch in float64.
+"""The check before an artifact ships: its programs, run by the device's own code, against eager PyTorch in float64.
 
 How far rounding alone carries a model is measured, not guessed: eager float32 takes the same steps, once on the same batches
 and once on batches that differ by their last bits. A program may be off by a few times as much as those are, tensor by
@@ -9,25 +9,33 @@ first step already.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frostline.device_runtime.engine import TrainingSession, open_runtime
 from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
 from frostline.exporter.part import tensors_of
 from frostline.exporter.stage import Stage
-from frostline.exporter.target import LoweredProgram, Target
+from frostline.protocol.artifact import write_artifact
+from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import RunError
+from frostline.protocol.manifest import Program, StageManifest
+from frostline.protocol.messages import Engine
 
 if TYPE_CHECKING:
-    from frostline.exporter.artifact import ExportOptions, StageTensors
+    from frostline.exporter.artifact import ExportOptions
 
 Batch = tuple[Tensor, Tensor]
 """x (N, *input_shape) and y (N,) int64."""
@@ -193,54 +201,40 @@ def _random_batch(stage: Stage, options: ExportOptions, seed: int) -> Batch:
     return x, torch.randint(0, options.classes, (options.batch,), generator=random)
 
 
-def train_lowered(
-    target: Target,
-    training: LoweredProgram,
-    update: LoweredProgram | None,
-    tensors: StageTensors,
-    batches: Steps,
-) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Train by lowered programs, as `check_parity` asks for."""
-    held = {name: tensor.clone() for name, tensor in tensors.state.by_name.items()}
-    held["learning_rate"] = torch.tensor(LEARNING_RATE)
-    calls = 0
-    run_training = target.load(training)
-    run_update = target.load(update) if update else None
-    state = tensors.state
-    for parts in batches:
-        loss = 0.0
-        for index, (x, y) in enumerate(parts):
-            first, seed = torch.tensor(float(index == 0)), torch.tensor(float(calls))
-            held |= {"x": x, "y": y, "first": first, "seed": seed}
-            loss += float(run_training(held)[0]) / len(parts)
-            calls += 1
-        if run_update is not None:
-            run_update(held)
-        yield (
-            loss,
-            {n: state.layout.model(n, held[n]).clone() for n in [*state.parameters, *state.statistics]},
-        )
+@contextlib.contextmanager
+def device_session(
+    manifest: StageManifest, files: Mapping[str, bytes], tensors: Mapping[str, Tensor]
+) -> Iterator[TrainingSession]:
+    """A stage as a device opens it, with parameters and statistics in the model's order."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {name: each.numpy() for name, each in tensors.items()}
+        write_artifact(Path(folder), manifest, files, values)
+        session = open_runtime(manifest.engine).open_stage(manifest, BlobStore(Path(folder) / "files"))
+        session.load(values)
+        yield session
+
+
+def train_on_device(session: TrainingSession, steps: Steps) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Train as a device does, as `check_parity` asks for."""
+    for parts in steps:
+        loss, _ = session.step([(x.numpy(), y.numpy()) for x, y in parts], LEARNING_RATE)
+        yield loss, {name: torch.from_numpy(np.array(each)) for name, each in session.trained().items()}
 
 
 def check_evaluation(
-    stage: Stage, options: ExportOptions, evaluation: LoweredProgram, tensors: StageTensors
+    stage: Stage, options: ExportOptions, micro_batches: int, session: TrainingSession
 ) -> None:
-    """Compare what the evaluation program makes of a random batch with what eager PyTorch does.
+    """Compare what a device's evaluation makes of a random batch, with the first weights, with what eager PyTorch does.
 
     Raises
     ------
     RunError
         Naming the stage.
     """
-    x = _random_batch(stage, options, 0)[0][: len(tensors.x)]
-    held = {**{name: tensor.clone() for name, tensor in tensors.state.by_name.items()}, "x": x}
-    # What a run returns lies in the memory of its program, which is there as long as `run` is.
-    run = options.target.load(evaluation)
-    (logits,) = run(held)
-    exact, rounded = (_evaluated(stage, x, dtype) for dtype in (torch.float64, torch.float32))
-    scale = max(float(exact.norm()), VALUE_TOLERANCE)
-    error = float((logits.double() - exact).norm()) / scale
-    limit = max(LOSS_TOLERANCE, ROUNDING * float((rounded.double() - exact).norm()) / scale)
+    x = _random_batch(stage, options, 0)[0].chunk(micro_batches)[0]
+    logits = torch.from_numpy(session.evaluate(x.numpy()))
+    exact, rounded = (_evaluated(stage.model, x, dtype) for dtype in (torch.float64, torch.float32))
+    error, limit = _error_of(logits, exact, rounded)
     if not error <= limit:
         raise RunError(
             f"stage {stage.name!r}: the {options.target.engine} program does not evaluate as eager PyTorch does: logits off "
@@ -248,11 +242,41 @@ def check_evaluation(
         )
 
 
-def _evaluated(stage: Stage, x: Tensor, dtype: torch.dtype) -> Tensor:
-    model = copy.deepcopy(stage.model).to(dtype).eval()
+def check_prefix(stage: Stage, engine: Engine, program: Program, content: bytes) -> None:
+    """Compare what a device's program of a frozen block makes of a random batch with what the block does.
+
+    Raises
+    ------
+    RunError
+        Naming the block.
+    """
+    random = torch.Generator().manual_seed(0)
+    x = random_inputs(program.inputs[0].shape[0], stage.input_shape, stage.vocabulary, random)
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlobStore(Path(folder))
+        store.put(content)
+        features = torch.from_numpy(open_runtime(engine).open_prefix(program, store).run(x.numpy()))
+    exact, rounded = (_evaluated(stage.model.block, x, dtype) for dtype in (torch.float64, torch.float32))
+    error, limit = _error_of(features, exact, rounded)
+    if not error <= limit:
+        raise RunError(
+            f"block {stage.name!r}: the {engine} program of the frozen block is not what it is in eager PyTorch: features "
+            f"off by {error:.1e} of their norm, where rounding explains {limit:.1e}"
+        )
+
+
+def _error_of(found: Tensor, exact: Tensor, rounded: Tensor) -> tuple[float, float]:
+    """How far off values are, and may be, relative to their norm."""
+    scale = max(float(exact.norm()), VALUE_TOLERANCE)
+    rounding = float((rounded.double() - exact).norm()) / scale
+    return float((found.double() - exact).norm()) / scale, max(LOSS_TOLERANCE, ROUNDING * rounding)
+
+
+def _evaluated(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    module = copy.deepcopy(module).to(dtype).eval()
     with torch.no_grad():
-        logits: Tensor = model(x.to(dtype) if x.is_floating_point() else x)
-    return logits
+        outputs: Tensor = module(x.to(dtype) if x.is_floating_point() else x)
+    return outputs
 
 
 def train_eagerly(

@@ -301,9 +301,9 @@ class Part(nn.Module):
         arguments = (x, *(operator.attrgetter(name)(holder) for name in made.names), *made.constants)
         visit = VISITOR.get()
         with grad_mode_kept():
-            result: Tensor = (
-                made.run(*arguments) if visit is None else _Visiting(made.run, visit).run(*arguments)
-            )
+            # Not a call of a module: its hooks, as those that count operations, would take the tensors for its inputs.
+            run = made.run.forward if visit is None else _Visiting(made.run, visit).run
+            result: Tensor = run(*arguments)
         return result
 
     def graph_for(self, x: Tensor) -> PartGraph:

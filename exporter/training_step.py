@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -293,8 +294,9 @@ def _trace(
         return [*new.values(), *results]
 
     traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)
-    # Where this machine has it, oneDNN computes a recurrent layer at once: an operator that no device knows.
-    with torch.backends.mkldnn.flags(enabled=False):
+    # Where this machine has it, oneDNN computes a recurrent layer at once: an operator that no device knows. Switching it
+    # off warns of accelerators.
+    with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
         graph: fx.GraphModule = traced(*inputs.values())
     graph.graph.eliminate_dead_code()
     update_early(graph.graph, written)

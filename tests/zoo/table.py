@@ -1,0 +1,64 @@
+"""The table of docs/models.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+ABOUT = """# Models
+
+What people bring, written the way torchvision, timm, Hugging Face, keyword-spotting and activity-recognition papers write it,
+on both engines: `make zoo` compiles every one (`tests/zoo/`), trains each stage by the device's own code and compares it with
+eager PyTorch, and writes this page. All are small (32x32 images, few repeats), batch {batch}, SGD with momentum.
+
+`compiled` gives the CPU seconds of the slowest stage, the time of a step over eager PyTorch's (median of the stages, one
+thread; below 1 is faster than eager) and the largest error of a tensor relative to how far it moved. `refused` is one line
+that says where and why.
+"""
+
+
+def table(rows: Sequence[Row], batch: int = 8) -> str:
+    """The page for the rows of a run."""
+    sections = [ABOUT.format(batch=batch)]
+    engines = sorted({row["engine"] for row in rows})
+    for kind, title in (("architecture", "Architectures"), ("layer", "Layers and habits")):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        if of_kind:
+            sections.append(_section(title, of_kind, engines))
+    return "\n".join(sections)
+
+
+def _section(title: str, rows: Sequence[Row], engines: Sequence[str]) -> str:
+    by_name: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_name.setdefault(row["name"], {})[row["engine"]] = row
+    counts = ", ".join(
+        f"{engine} {sum(each[engine]['verdict'] == 'compiled' for each in by_name.values() if engine in each)}"
+        for engine in engines
+    )
+    lines = [
+        f"## {title}",
+        "",
+        f"{len(by_name)} in all. Compiled: {counts}.",
+        "",
+        "| model | parameters | blocks | " + " | ".join(engines) + " |",
+        "|---|---|---|" + "---|" * len(engines),
+    ]
+    for name, found in by_name.items():
+        first = max(found.values(), key=lambda row: len(row["stages"]))
+        ends = ", ".join(f"`{stage['name']}`" for stage in first["stages"])
+        cells = " | ".join(_cell(found[engine]) if engine in found else "" for engine in engines)
+        lines.append(f"| {name} | {first['parameters']:,} | {ends} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(row: Row) -> str:
+    if row["verdict"] != "compiled":
+        return f"{row['verdict']}: {message}"
+    stages = row["stages"]
+    ratios = sorted(stage["ratio"] for stage in stages)
+    slowest = max(stage["seconds"] for stage in stages)
+    error = max(stage["tensor_error"] for stage in stages)
+    return f"compiled, {slowest:.0f} s, {ratios[len(ratios) // 2]:.1f}x, {error:.0e}"

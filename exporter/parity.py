@@ -181,9 +181,8 @@ def _errors(
 
 def _check_sound(stage: Stage, want: Trained) -> None:
     """Refuse a stage that would train nothing, or nothing but noise."""
-    if not abs(want.loss) <= DIVERGED or not all(
-        bool(each.isfinite().all()) for each in want.tensors.values()
-    ):
+    moving = [want.tensors[name] for name in (*stage.trained, *stage.written)]
+    if not abs(want.loss) <= DIVERGED or not all(bool(each.isfinite().all()) for each in moving):
         raise RunError(
             f"stage {stage.name!r} diverges on random samples, at a loss of {want.loss:.1e}: its outputs are not "
             "normalised; begin with smaller weights, or put norms between its layers"

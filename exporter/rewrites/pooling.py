@@ -7,6 +7,7 @@ found with subtraction, multiplication and ReLU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
@@ -39,6 +40,21 @@ def max_pool(x: Tensor, windows: Windows) -> Tensor:
 
 def max_pool_backward(grad: Tensor, x: Tensor, windows: Windows) -> Tensor:
     """Hand `grad` (N, *output, C) to the first of the largest values in each window."""
+    return windows.add(grad * claim for claim in _winners(x, windows))
+
+
+def max_pool_places(x: Tensor, windows: Windows) -> Tensor:
+    """The place of the first of the largest values in each window, counted over the pixels: int64 (N, *output, C)."""
+    pixels = torch.arange(math.prod(windows.spatial), dtype=x.dtype).reshape(1, *windows.spatial, 1)
+    places = windows.cut(pixels)
+    # Whole numbers, which float32 holds exactly for images of up to 2**24 pixels.
+    return reduce(
+        add, (claim * place for claim, place in zip(_winners(x, windows), places, strict=True))
+    ).long()
+
+
+def _winners(x: Tensor, windows: Windows) -> list[Tensor]:
+    """For each place in the windows 1.0 where it holds the first of the largest values, else 0.0: (N, *output, C)."""
     taps = windows.cut(x, LOWEST)
     largest = next(taps)
     claims = [torch.ones_like(largest)]
@@ -48,7 +64,7 @@ def max_pool_backward(grad: Tensor, x: Tensor, windows: Windows) -> Tensor:
         claims = [claim - claim * wins for claim in claims]
         claims.append(wins)
         largest = _either(wins, tap, largest) if windows.has_margins else largest + rise
-    return windows.add(grad * claim for claim in claims)
+    return claims
 
 
 def _either(first: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp.decompositions import grid_sampler_2d
 
 import frostline.exporter.tiles  # noqa: F401 - defines the operators of tiles
-from frostline.exporter.executorch_lowering import UnsupportedOperators
 from frostline.exporter.rewrites import convolution, normalization, pooling, resampling, turning
 from frostline.exporter.rewrites.arrangement import (
     Arranger,
@@ -211,11 +211,8 @@ def _adaptive_max_pool(arrange: Arranger, x: Value, output: Sequence[int]) -> An
     windows = _dividing_windows(held, output)
     if windows is not None:
         return _with_places(held, windows)
-
-    def places() -> Tensor:
-        raise UnsupportedOperators(["aten::adaptive_max_pool"], "the places of its maxima are not known")
-
-    return image(pooling.adaptive_max_pool(held, output)), Deferred(places)
+    largest = image(pooling.adaptive_max_pool(held, output))
+    return largest, _turned_when_read(lambda: pooling.adaptive_max_pool_places(held, output))
 
 
 def _adaptive_max_pool_backward(arrange: Arranger, grad: Value, x: Value, indices: Any) -> Any:
@@ -238,12 +235,36 @@ def _dividing_windows(held: Tensor, output: Sequence[int]) -> Windows | None:
 
 def _with_places(held: Tensor, windows: Windows) -> tuple[Value, Deferred]:
     """The maximum of each window, and the place of it: for the backward pass ours finds it anew."""
+    largest = image(pooling.max_pool(held, windows))
+    return largest, _turned_when_read(lambda: pooling.max_pool_places(held, windows))
 
-    def places() -> Tensor:
-        found = pooling.max_pool_places(held, windows)
+
+def _turned_when_read(compute: Callable[[], Tensor]) -> Deferred:
+    def turned() -> Tensor:
+        found = compute()
         return found.permute(0, found.dim() - 1, *range(1, found.dim() - 1))
 
-    return image(pooling.max_pool(held, windows)), Deferred(places)
+    return Deferred(turned)
+
+
+def _sampled_backward(
+    arrange: Arranger,
+    grad: Value,
+    x: Value,
+    grid: Value,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """From PyTorch's decomposition of the forward pass: there is none of the backward one."""
+
+    def sampled(x: Tensor, grid: Tensor) -> Tensor:
+        return grid_sampler_2d(x, grid, interpolation, padding, align_corners)
+
+    backward: Any = torch.func.vjp(sampled, arrange.plain(x), arrange.plain(grid))[1]
+    grad_x, grad_grid = backward(arrange.plain(grad))
+    return grad_x if mask[0] else None, grad_grid if mask[1] else None
 
 
 def _resampled(kind: Callable[..., resampling.AxisMap], *, settings: int) -> Callable[..., Any]:
@@ -364,6 +385,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
     aten.col2im.default: _columns_backward,
+    aten.grid_sampler_2d_backward.default: _sampled_backward,
     aten.im2col.default: _columns,
     torch.ops.frostline.kernel.default: _of_tiles,
     torch.ops.frostline.kernel_tiles.default: _tiles_of,

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import torch
 from executorch.exir import memory
-from executorch.exir.operator.convert import get_out_args_from_opoverload, to_out_variant
+from executorch.exir.dialects.edge.op.api import to_variant
+from executorch.exir.operator.convert import get_out_args_from_opoverload
 from executorch.exir.passes.replace_view_copy_with_view_pass import _ViewSpec
 from executorch.exir.tensor import TensorSpec
 from torch import Tensor, fx, nn
@@ -31,6 +32,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.utils import _pytree as pytree
+from torchgen.model import SchemaKind
 
 aten = torch.ops.aten
 
@@ -46,6 +48,9 @@ _OF_ONE_DTYPE = {
     aten.sub.Tensor: PROMOTION.DEFAULT,
 }
 """Operators whose portable kernels are slow, or missing, where dtypes are mixed."""
+
+_BESIDE = 1e-6
+"""From one node's place in the graph to what is put right behind it."""
 
 Number = bool | int | float
 
@@ -139,40 +144,36 @@ class _Builder:
         """The whole, with arguments written."""
         arguments = self._graph.find_nodes(op="placeholder")
         returned = [value for place, value in enumerate(self._results) if place not in self._written]
-        position = {node: index for index, node in enumerate(self._graph.nodes)}
+        position = {node: float(index) for index, node in enumerate(self._graph.nodes)}
         for place, argument in self._written.items():
             self._write(arguments[argument], self._results[place], position)
         output = self._graph.output(tuple(returned))
         output.meta["spec"] = tuple(value.meta["spec"] for value in returned)
         return fx.GraphModule(self._root, self._graph)
 
-    def _write(self, argument: fx.Node, value: fx.Node, position: Mapping[fx.Node, int]) -> None:
+    def _write(self, argument: fx.Node, value: fx.Node, position: dict[fx.Node, float]) -> None:
         """Write an argument where it is last read. At the end, every new value would have to be kept until then."""
         if value is argument:
             return
-        last = max([value, *_readers(argument)], key=lambda node: position.get(node, -1))
+        last = max([value, *_readers(argument)], key=position.__getitem__)
         with self._graph.inserting_after(last):
             made = self._graph.call_function(aten.copy_.default, (argument, value))
         made.meta["spec"] = argument.meta["spec"]
+        # It may read an argument that is yet to be written.
+        position[made] = position[last] + _BESIDE
 
     def _call(self, node: fx.Node) -> Any:
         target = cast(OpOverload, node.target)
-        source = (
-            self._made.get(cast(fx.Node, node.args[0]))
-            if node.args and isinstance(node.args[0], fx.Node)
-            else None
-        )
-        if source is not None and _is_free(node):
-            if target in _SAME and node not in self._returned:
-                return source
-            return self._view(node, source)
+        if _is_free(node):
+            source: fx.Node = self._made[node.all_input_nodes[0]]
+            return source if target in _SAME and node not in self._returned else self._view(node, source)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._made.__getitem__)
         return self._computed(_copying(target), args, kwargs, node.meta["val"])
 
     def _view(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """The same values in another shape."""
         value: Tensor = node.meta["val"]
-        base = source.args[0] if source.target is memory.view else source
+        base = source.all_input_nodes[0] if source.target is memory.view else source
         if node in self._returned:
             # The memory of what is returned is the caller's.
             return self._computed(aten.view_copy.default, (base, list(value.shape)), {}, value)
@@ -346,8 +347,8 @@ def _copying(target: OpOverload) -> OpOverload:
 def _out_variant(target: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     """The variant that writes to memory it is given, and the names of those arguments."""
     try:
-        function, _ = to_out_variant(target)
-    except (AssertionError, RuntimeError):
+        function = to_variant(target, SchemaKind.out)
+    except (AssertionError, AttributeError, RuntimeError):
         return None
     return function, tuple(get_out_args_from_opoverload(function))
 

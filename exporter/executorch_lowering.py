@@ -19,8 +19,10 @@ from typing import Any, TextIO, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._decomp import core_aten_decompositions
 from torch.export import ExportedProgram, export
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -66,14 +68,14 @@ def lower_portable(
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
     written : sequence of int
-        Which arguments its first results are written to.
+        Which arguments its first results are written to; what another module writes in place is found.
 
     Raises
     ------
     UnsupportedOperators
         If the runtime has no kernels for some operators.
     """
-    graph = module if _is_flat(module) else _traced(module, arguments)
+    graph, writes = (module, written) if _is_flat(module) else _traced(module, arguments)
     missing = missing_kernels(graph.graph)
     if missing:
         raise UnsupportedOperators(missing, NO_KERNEL)
@@ -84,7 +86,7 @@ def lower_portable(
 
         from frostline.exporter.executorch_dialect import execution_graph, exported
 
-        executed = execution_graph(graph, dict(enumerate(written)))
+        executed = execution_graph(graph, dict(enumerate(writes)))
         MemoryPlanningPass(alloc_graph_input=False).run(executed)
         program = ExecutorchProgramManager({"forward": exported(executed)}, None, ExecutorchBackendConfig())
         plan = program.executorch_program.execution_plan[0]
@@ -108,10 +110,25 @@ def _is_flat(module: nn.Module) -> TypeGuard[fx.GraphModule]:
     return all("val" in node.meta for node in module.graph.nodes if node.op not in ("get_attr", "output"))
 
 
-def _traced(module: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    trace = make_fx(torch.func.functionalize(module), tracing_mode="fake", _allow_non_fake_inputs=True)
-    traced: fx.GraphModule = trace(*arguments)
-    return traced
+def _traced(module: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.GraphModule, list[int]]:
+    """A module as a flat graph, and which arguments, written in place, its first results are written to."""
+    function = torch.func.functionalize(module)
+    table = dict(core_aten_decompositions())
+    traced: fx.GraphModule = make_fx(function, table, tracing_mode="fake", _allow_non_fake_inputs=True)(
+        *arguments
+    )
+    graph = traced.graph
+    places = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
+    written: list[int] = []
+    values: list[fx.Node] = []
+    for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        argument, value = write.args[0], write.args[1]
+        written.append(places[cast(fx.Node, argument)])
+        values.append(cast(fx.Node, value))
+        graph.erase_node(write)
+    output = graph.output_node()
+    output.args = ((*values, *pytree.tree_leaves(output.args[0])),)
+    return traced, written
 
 
 def lower_delegated(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredProgram:

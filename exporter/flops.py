@@ -49,7 +49,8 @@ def step_flops(stage: Stage, batch: int, *, recompute: bool = False) -> int:
                 recomputing(values, x, dropout) if recomputing else functional_call(stage.model, values, (x,))
             )
             loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64))
-            torch.autograd.grad(loss, [values[name] for name in sorted(stage.trained)])
+            # Not `autograd.grad`: the counter follows modules by their inputs, and a parametrization's are parameters.
+            loss.backward()
     return counter.get_total_flops()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -294,14 +294,22 @@ def _trace(
         return [*new.values(), *results]
 
     traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)
-    # Where this machine has it, oneDNN computes a recurrent layer at once: an operator that no device knows. Switching it
-    # off warns of accelerators.
-    with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
+    with _without_onednn():
         graph: fx.GraphModule = traced(*inputs.values())
     graph.graph.eliminate_dead_code()
     update_early(graph.graph, written)
     used = _drop_unused(graph, inputs, written)
     return TracedProgram(rewrite(graph, [inputs[name] for name in used]), used, written)
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Where it is there, PyTorch has it compute a recurrent layer at once: an operator that no device knows."""
+    enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)
 
 
 def _drop_unused(graph: fx.GraphModule, inputs: Mapping[str, Tensor], written: Sequence[str]) -> list[str]:

@@ -70,6 +70,11 @@ def elu_backward(
     return grad * (gate * scale + (1 - gate) * slope)
 
 
+def shrink_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """`grad` where `x` is further from zero than the threshold, else 0."""
+    return grad * is_positive(torch.relu(torch.abs(x) - threshold))
+
+
 def hard_sigmoid(x: Tensor) -> Tensor:
     """The ramp from 0 at -3 to 1 at 3."""
     return _ramp(x) * (1 / 6)

@@ -53,14 +53,14 @@ def _without(x: Value, dropped: set[int]) -> Value:
     return permuted(tensor, [in_order.index(place) for place in kept])
 
 
-def _view(arrange: Arranger, x: Value, size: Sequence[int]) -> Any:
+def _view(arrange: Arranger, x: Value, size: Sequence[int]) -> Value:
     """A view splits axes, or joins those that lie together, in the order the value is held."""
     if not isinstance(x, Permuted):
-        return NotImplemented
+        return x.reshape(list(size))
     parts = _matching_axes(x.shape, _resolved(x, size))
     groups = [[x.axes[axis] for axis in axes if x.shape[axis] != 1] for axes, _ in parts]
     if not all(_lie_together(group, x.tensor) for group in groups):
-        return NotImplemented
+        return arrange.plain(x).reshape(list(size))
     order = sorted(range(len(parts)), key=lambda index: groups[index][:1] or [x.dim()])
     starts, start = {}, 0
     for index in order:
@@ -129,9 +129,8 @@ def _overwritten(arrange: Arranger, old: Value, new: Value, non_blocking: bool =
     return arrange.plain(new).to(before.dtype).expand(list(old.shape))
 
 
-def _reshaped(arrange: Arranger, x: Value, size: Sequence[int], stride: Sequence[int]) -> Any:
-    view = _view(arrange, x, size)
-    return arrange.plain(x).reshape(list(size)) if view is NotImplemented else view
+def _view_with_strides(arrange: Arranger, x: Value, size: Sequence[int], stride: Sequence[int]) -> Value:
+    return _view(arrange, x, size)
 
 
 def _empty(arrange: Arranger, *args: Any, **kwargs: Any) -> Tensor:
@@ -188,6 +187,60 @@ def _slice_backward(
     return permuted(_padded(tensor, places[axis], begin, size[axis] - stop), places)
 
 
+def _constant_pad(arrange: Arranger, x: Value, pad: Sequence[int], fill: float = 0) -> Value:
+    """Margins, which the runtime does not know negative: they are cut off."""
+    tensor, places = held(x)
+    margins = [0] * (2 * tensor.dim())
+    sides = zip(pad[::2], pad[1::2], strict=True)
+    for axis, (before, after) in zip(reversed(range(x.dim())), sides, strict=False):
+        place = places[axis]
+        tensor = _cut(tensor, place, max(-before, 0), tensor.shape[place] + min(after, 0))
+        start = 2 * (tensor.dim() - 1 - place)
+        margins[start : start + 2] = max(before, 0), max(after, 0)
+    return permuted(aten.constant_pad_nd(tensor, margins, fill) if any(margins) else tensor, places)
+
+
+def _slice_scatter(
+    arrange: Arranger,
+    x: Value,
+    part: Value,
+    axis: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Any:
+    if step != 1:
+        return NotImplemented
+    tensor, places = held(x)
+    place = places[axis]
+    length = tensor.shape[place]
+    begin, stop, _ = slice(start, end).indices(length)
+    middle = arrange(part, inverse(places))
+    parts = [_cut(tensor, place, 0, begin), middle, _cut(tensor, place, stop, length)]
+    return permuted(torch.cat([each for each in parts if each.shape[place]], place), places)
+
+
+def _select_scatter(arrange: Arranger, x: Value, part: Value, axis: int, index: int) -> Any:
+    axis %= x.dim()
+    index %= x.shape[axis]
+    return _slice_scatter(arrange, x, _unsqueeze(arrange, part, axis), axis, index, index + 1)
+
+
+def _diagonal_scatter(
+    arrange: Arranger, x: Value, part: Value, offset: int = 0, first: int = 0, second: int = 1
+) -> Value:
+    first, second = first % x.dim(), second % x.dim()
+    order = [*(axis for axis in range(x.dim()) if axis not in (first, second)), first, second]
+    matrices, values = arrange(x, order), arrange.plain(part)
+    rows, columns = matrices.shape[-2:]
+    length = values.shape[-1]
+    before = max(-offset, 0), max(offset, 0)
+    around = [before[1], columns - before[1] - length, before[0], rows - before[0] - length]
+    eye = torch.eye(length, dtype=matrices.dtype)
+    kept = 1 - F.pad(eye, around)
+    return permuted(matrices * kept + F.pad(values.unsqueeze(-1) * eye, around), inverse(order))
+
+
 def _select(arrange: Arranger, x: Value, axis: int, index: int) -> Value:
     tensor, places = held(x)
     place = places[axis]
@@ -238,8 +291,6 @@ def _stack(arrange: Arranger, values: Sequence[Value], axis: int = 0) -> Any:
 def _pixel_shuffle(arrange: Arranger, x: Value, factor: int) -> Value:
     n, c, h, w = x.shape
     view = _view(arrange, x, [n, c // factor**2, factor, factor, h, w])
-    if view is NotImplemented:
-        view = arrange.plain(x).reshape(n, c // factor**2, factor, factor, h, w)
     # Held with the channels last, which the next operator wants.
     out = arrange(view, [0, 4, 2, 5, 3, 1]).reshape(n, h * factor, w * factor, c // factor**2)
     return permuted(out, [0, 3, 1, 2])
@@ -264,12 +315,14 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten._unsafe_view.default: _view,
     aten.cat.default: _concatenate,
     aten.channel_shuffle.default: _channel_shuffle,
-    aten._reshape_alias.default: _reshaped,
+    aten._reshape_alias.default: _view_with_strides,
     aten._to_copy.default: _converted,
     aten.alias.default: _same,
     aten.clone.default: _same,
+    aten.constant_pad_nd.default: _constant_pad,
     aten.copy.default: _overwritten,
     aten.detach.default: _same,
+    aten.diagonal_scatter.default: _diagonal_scatter,
     aten.empty_permuted.default: _empty,
     aten.empty_strided.default: _empty,
     aten.lift_fresh_copy.default: _same,
@@ -278,8 +331,10 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten.pixel_unshuffle.default: _pixel_unshuffle,
     aten.select.int: _select,
     aten.select_backward.default: _select_backward,
+    aten.select_scatter.default: _select_scatter,
     aten.slice.Tensor: _slice,
     aten.slice_backward.default: _slice_backward,
+    aten.slice_scatter.default: _slice_scatter,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.squeeze.dim: _squeeze,

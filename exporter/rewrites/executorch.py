@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from frostline.exporter.rewrites.decompositions import decomposed, decompositions
 from frostline.exporter.rewrites.functional import functional
-from frostline.exporter.rewrites.interpreter import RewritingInterpreter
+from frostline.exporter.rewrites.interpreter import REWRITES, RewritingInterpreter
+from frostline.exporter.rewrites.strides import STRIDED
 
 aten = torch.ops.aten
 
@@ -27,19 +26,15 @@ def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
     """
-    run = RewritingInterpreter(functional(graph, arguments)).run
-    traced = make_fx(run, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
+    parts = decomposed(functional(graph, arguments), arguments, kept={*REWRITES, *STRIDED})
+    # Some decompositions write in place.
+    run = RewritingInterpreter(functional(parts, arguments)).run
+    traced = make_fx(run, decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
     rewritten: fx.GraphModule = traced(*arguments)
     _join_linear(rewritten.graph)
     rewritten.graph.eliminate_dead_code()
     rewritten.recompile()
     return rewritten
-
-
-@cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """For operators that ExecuTorch has no kernels for."""
-    return dict(core_aten_decompositions())
 
 
 def _join_linear(graph: fx.Graph) -> None:

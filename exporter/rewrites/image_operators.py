@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp.decompositions import grid_sampler_2d
 
 import frostline.exporter.tiles  # noqa: F401 - defines the operators of tiles
-from frostline.exporter.rewrites import convolution, normalization, pooling, resampling
+from frostline.exporter.rewrites import convolution, normalization, pooling, resampling, turning
 from frostline.exporter.rewrites.arrangement import (
     Arranger,
+    Deferred,
+    Permuted,
     Tiled,
     TiledGradient,
     Value,
@@ -145,7 +150,7 @@ def _batch_norm_backward(arrange: Arranger, grad: Value, x: Value, *rest: Any) -
 def _max_pool(arrange: Arranger, x: Value, *geometry: Any) -> Any:
     held = arrange.image(x)
     windows = pooling.windows_of_pool(held.shape[1:-1], *geometry)
-    return _with_indices(pooling.max_pool(held, windows))
+    return _with_places(held, windows)
 
 
 def _max_pool_backward(arrange: Arranger, grad: Value, x: Value, *rest: Any) -> Any:
@@ -205,8 +210,9 @@ def _adaptive_max_pool(arrange: Arranger, x: Value, output: Sequence[int]) -> An
     held = arrange.image(x)
     windows = _dividing_windows(held, output)
     if windows is not None:
-        return _with_indices(pooling.max_pool(held, windows))
-    return _with_indices(pooling.adaptive_max_pool(held, output))
+        return _with_places(held, windows)
+    largest = image(pooling.adaptive_max_pool(held, output))
+    return largest, _turned_when_read(lambda: pooling.adaptive_max_pool_places(held, output))
 
 
 def _adaptive_max_pool_backward(arrange: Arranger, grad: Value, x: Value, indices: Any) -> Any:
@@ -227,56 +233,131 @@ def _dividing_windows(held: Tensor, output: Sequence[int]) -> Windows | None:
     )
 
 
-def _with_indices(held: Tensor) -> tuple[Value, Tensor]:
-    """A maximum, and indices that say nothing: they are for the backward pass, and ours finds the places anew."""
-    largest = image(held)
-    return largest, held.new_empty(largest.shape, dtype=torch.int64)
+def _with_places(held: Tensor, windows: Windows) -> tuple[Value, Deferred]:
+    """The maximum of each window, and the place of it: for the backward pass ours finds it anew."""
+    largest = image(pooling.max_pool(held, windows))
+    return largest, _turned_when_read(lambda: pooling.max_pool_places(held, windows))
 
 
-def _nearest(arrange: Arranger, x: Value, output: Sequence[int], *scales: float | None) -> Any:
-    maps = _enlargements(resampling.nearest, x.shape[2:], output, scales)
-    return image(resampling.resample(arrange.image(x), maps))
+def _turned_when_read(compute: Callable[[], Tensor]) -> Deferred:
+    def turned() -> Tensor:
+        found = compute()
+        return found.permute(0, found.dim() - 1, *range(1, found.dim() - 1))
+
+    return Deferred(turned)
 
 
-def _nearest_backward(
-    arrange: Arranger, grad: Value, output: Sequence[int], size: Sequence[int], *scales: float | None
-) -> Any:
-    maps = _enlargements(resampling.nearest, size[2:], output, scales)
-    return image(resampling.resample_backward(arrange.image(grad), maps))
-
-
-def _bilinear(
-    arrange: Arranger, x: Value, output: Sequence[int], align_corners: bool, *scales: float | None
-) -> Any:
-    maps = _enlargements(_linear(align_corners), x.shape[2:], output, scales)
-    return image(resampling.resample(arrange.image(x), maps))
-
-
-def _bilinear_backward(
+def _sampled_backward(
     arrange: Arranger,
     grad: Value,
-    output: Sequence[int],
-    size: Sequence[int],
+    x: Value,
+    grid: Value,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
-    *scales: float | None,
-) -> Any:
-    maps = _enlargements(_linear(align_corners), size[2:], output, scales)
-    return image(resampling.resample_backward(arrange.image(grad), maps))
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """From PyTorch's decomposition of the forward pass: there is none of the backward one."""
+
+    def sampled(x: Tensor, grid: Tensor) -> Tensor:
+        return grid_sampler_2d(x, grid, interpolation, padding, align_corners)
+
+    backward: Any = torch.func.vjp(sampled, arrange.plain(x), arrange.plain(grid))[1]
+    grad_x, grad_grid = backward(arrange.plain(grad))
+    return grad_x if mask[0] else None, grad_grid if mask[1] else None
 
 
-def _linear(align_corners: bool) -> Callable[..., resampling.AxisMap]:
-    return lambda size, count, scale: resampling.linear(size, count, align_corners, scale)
+def _resampled(kind: Callable[..., resampling.AxisMap], *, settings: int) -> Callable[..., Any]:
+    """Enlarging and its like: an axis map of each axis's sizes, of `settings` arguments and of the axis's scale."""
+
+    def rewrite(arrange: Arranger, x: Value, output: Sequence[int], *rest: Any) -> Any:
+        maps = _enlargements(kind, x.shape[2:], output, rest[:settings], rest[settings:])
+        return image(resampling.resample(arrange.image(x), maps))
+
+    return rewrite
+
+
+def _resampled_backward(kind: Callable[..., resampling.AxisMap], *, settings: int) -> Callable[..., Any]:
+    def rewrite(
+        arrange: Arranger, grad: Value, output: Sequence[int], size: Sequence[int], *rest: Any
+    ) -> Any:
+        maps = _enlargements(kind, size[2:], output, rest[:settings], rest[settings:])
+        return image(resampling.resample_backward(arrange.image(grad), maps))
+
+    return rewrite
 
 
 def _enlargements(
     kind: Callable[..., resampling.AxisMap],
     spatial: Sequence[int],
     output: Sequence[int],
+    settings: Sequence[Any],
     scales: Sequence[float | None],
 ) -> list[resampling.AxisMap]:
     axes = zip(spatial, output, scales or [None] * len(spatial), strict=True)
-    return [kind(size, count, scale) for size, count, scale in axes]
+    return [kind(size, count, *settings, scale) for size, count, scale in axes]
 
+
+def _padded(arrange: Arranger, x: Value, padding: Sequence[int], *, mirrored: bool) -> Any:
+    return image(resampling.resample(arrange.image(x), _margins(x.shape[2:], padding, mirrored)))
+
+
+def _padded_backward(
+    arrange: Arranger, grad: Value, x: Value, padding: Sequence[int], *, mirrored: bool
+) -> Any:
+    maps = _margins(x.shape[2:], padding, mirrored)
+    return image(resampling.resample_backward(arrange.image(grad), maps))
+
+
+def _margins(spatial: Sequence[int], padding: Sequence[int], mirrored: bool) -> list[resampling.AxisMap]:
+    # ATen names the last axis first.
+    sides = list(zip(padding[::2], padding[1::2], strict=True))[::-1]
+    axes = zip(spatial, sides, strict=True)
+    return [resampling.extended(size, *side, mirrored=mirrored) for size, side in axes]
+
+
+def _columns(arrange: Arranger, x: Value, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+    """What each window sees, side by side: (N, C * places, windows)."""
+    held = arrange.image(x)
+    windows = Windows.over(held.shape[1:-1], kernel, stride, padding, dilation)
+    taps = [tap.reshape(held.shape[0], -1, 1, held.shape[-1]) for tap in windows.cut(held)]
+    seen = Permuted(torch.cat(taps, 2), [0, 3, 2, 1])
+    return arrange.plain(seen).reshape(held.shape[0], -1, math.prod(windows.output))
+
+
+def _columns_backward(
+    arrange: Arranger, x: Value, output: Sequence[int], kernel: Any, dilation: Any, padding: Any, stride: Any
+) -> Any:
+    """The transpose: each window's values added to the pixels it saw."""
+    windows = Windows.over(output, kernel, stride, padding, dilation)
+    n = x.shape[0]
+    apart = arrange.plain(x).reshape(n, -1, windows.taps, math.prod(windows.output))
+    by_place = turning.permuted(apart, [2, 0, 3, 1])
+    taps = (aten.select_copy(by_place, 0, index) for index in range(windows.taps))
+    return image(windows.add(tap.reshape(n, *windows.output, -1) for tap in taps))
+
+
+_UPSAMPLED: dict[str, tuple[Callable[..., resampling.AxisMap], int]] = {
+    "_upsample_bicubic2d_aa": (partial(resampling.smooth, cubic=True), 1),
+    "_upsample_bilinear2d_aa": (partial(resampling.smooth, cubic=False), 1),
+    "_upsample_nearest_exact1d": (partial(resampling.nearest, exact=True), 0),
+    "_upsample_nearest_exact2d": (partial(resampling.nearest, exact=True), 0),
+    "_upsample_nearest_exact3d": (partial(resampling.nearest, exact=True), 0),
+    "upsample_bicubic2d": (resampling.cubic, 1),
+    "upsample_bilinear2d": (resampling.linear, 1),
+    "upsample_linear1d": (resampling.linear, 1),
+    "upsample_nearest1d": (resampling.nearest, 0),
+    "upsample_nearest2d": (resampling.nearest, 0),
+    "upsample_nearest3d": (resampling.nearest, 0),
+    "upsample_trilinear3d": (resampling.linear, 1),
+}
+"""For each operator the map along an axis, and how many settings it takes before the scales."""
+
+_PADS = [
+    (f"{kind}_pad{axes}d", kind == "reflection")
+    for kind in ("reflection", "replication")
+    for axes in (1, 2, 3)
+]
 
 REWRITES: dict[Any, Callable[..., Any]] = {
     aten._adaptive_avg_pool2d.default: _adaptive_average_pool,
@@ -303,12 +384,27 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
-    aten.upsample_bilinear2d.default: _bilinear,
-    aten.upsample_bilinear2d_backward.default: _bilinear_backward,
-    aten.upsample_nearest1d.default: _nearest,
-    aten.upsample_nearest1d_backward.default: _nearest_backward,
-    aten.upsample_nearest2d.default: _nearest,
-    aten.upsample_nearest2d_backward.default: _nearest_backward,
+    aten.col2im.default: _columns_backward,
+    aten.grid_sampler_2d_backward.default: _sampled_backward,
+    aten.im2col.default: _columns,
     torch.ops.frostline.kernel.default: _of_tiles,
     torch.ops.frostline.kernel_tiles.default: _tiles_of,
+    **{getattr(aten, name).default: _resampled(kind, settings=n) for name, (kind, n) in _UPSAMPLED.items()},
+    **{
+        getattr(aten, f"{name}_backward").default: _resampled_backward(kind, settings=n)
+        for name, (kind, n) in _UPSAMPLED.items()
+    },
+    **{getattr(aten, name).default: partial(_padded, mirrored=mirrored) for name, mirrored in _PADS},
+    **{
+        getattr(aten, f"{name}_backward").default: partial(_padded_backward, mirrored=mirrored)
+        for name, mirrored in _PADS
+    },
 }
+
+IGNORES_PLACES = (
+    aten.adaptive_max_pool2d_backward.default,
+    aten.adaptive_max_pool3d_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.max_pool3d_with_indices_backward.default,
+)
+"""What takes the places of maxima and finds them itself."""

@@ -20,6 +20,7 @@ from frostline.exporter.rewrites import (
     axis_operators,
     elementwise_operators,
     image_operators,
+    ordering,
     token_operators,
 )
 from frostline.exporter.rewrites.arrangement import Arranger, Deferred, Permuted
@@ -31,6 +32,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     **axis_operators.REWRITES,
     **elementwise_operators.REWRITES,
     **image_operators.REWRITES,
+    **ordering.REWRITES,
     **token_operators.REWRITES,
 }
 """For each operator a function of an `Arranger` and the operator's arguments; NotImplemented leaves it as it is."""
@@ -66,7 +68,8 @@ class RewritingInterpreter(fx.Interpreter):
         """Rewrite the operator if there is a rewrite, else hand it plain tensors."""
         if target is operator.getitem:
             return args[0][args[1]]
-        args, kwargs = pytree.tree_map(_computed, (args, kwargs))
+        if target not in image_operators.IGNORES_PLACES:
+            args, kwargs = pytree.tree_map(_computed, (args, kwargs))
         rewrite = REWRITES.get(target)
         if rewrite is not None:
             result = rewrite(self._arrange, *args, **kwargs)

@@ -167,6 +167,16 @@ def layer_norm_backward(
     return grad_x, grad_weight, grad_bias
 
 
+def weight_norm_backward(
+    grad: Tensor, direction: Tensor, size: Tensor, norms: Tensor, axis: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a weight's direction and of its sizes along `axis`, from that of `size * direction / norms`."""
+    others = [each for each in range(direction.dim()) if each != axis]
+    product = (grad * direction).sum(others, keepdim=True)
+    share = product / (norms * norms)
+    return (size / norms) * (grad - direction * share), product / norms
+
+
 def _tokens(x: Tensor, axes: int) -> Tensor:
     """`x` as (tokens, the product of its last `axes` axes)."""
     return x.reshape(-1, math.prod(x.shape[-axes:]))

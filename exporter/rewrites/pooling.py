@@ -7,7 +7,8 @@ found with subtraction, multiplication and ReLU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -39,6 +40,17 @@ def max_pool(x: Tensor, windows: Windows) -> Tensor:
 
 def max_pool_backward(grad: Tensor, x: Tensor, windows: Windows) -> Tensor:
     """Hand `grad` (N, *output, C) to the first of the largest values in each window."""
+    return windows.add(grad * claim for claim in _winners(x, windows))
+
+
+def max_pool_places(x: Tensor, windows: Windows) -> Tensor:
+    """The place of the first of the largest values in each window, counted over the pixels: int64 (N, *output, C)."""
+    places = windows.cut(_numbered(windows.spatial, x.dtype))
+    return _sum_of_products(_winners(x, windows), places).long()
+
+
+def _winners(x: Tensor, windows: Windows) -> list[Tensor]:
+    """For each place in the windows 1.0 where it holds the first of the largest values, else 0.0: (N, *output, C)."""
     taps = windows.cut(x, LOWEST)
     largest = next(taps)
     claims = [torch.ones_like(largest)]
@@ -48,7 +60,7 @@ def max_pool_backward(grad: Tensor, x: Tensor, windows: Windows) -> Tensor:
         claims = [claim - claim * wins for claim in claims]
         claims.append(wins)
         largest = _either(wins, tap, largest) if windows.has_margins else largest + rise
-    return windows.add(grad * claim for claim in claims)
+    return claims
 
 
 def _either(first: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -71,6 +83,25 @@ def adaptive_max_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
     for axis in reversed(range(1, x.dim() - 1)):
         grad = _adaptive_axis_backward(grad, stages[axis - 1], axis)
     return grad
+
+
+def adaptive_max_pool_places(x: Tensor, output: Sequence[int]) -> Tensor:
+    """The places of those values, counted over the pixels: int64 (N, *output, C)."""
+    places = _numbered(x.shape[1:-1], x.dtype)
+    for axis, count in enumerate(output, 1):
+        spans = list(zip(_spans(x, axis, count), _spans(places, axis, count), strict=True))
+        places = torch.cat([_sum_of_products(_claims(values), numbers) for values, numbers in spans], axis)
+        x = torch.cat([reduce(_larger, values) for values, _ in spans], axis)
+    return places.long()
+
+
+def _numbered(spatial: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The pixels counted (1, *spatial, 1): whole numbers, which float32 holds exactly for images below 2**24 pixels."""
+    return torch.arange(math.prod(spatial), dtype=dtype).reshape(1, *spatial, 1)
+
+
+def _sum_of_products(factors: Iterable[Tensor], others: Iterable[Tensor]) -> Tensor:
+    return reduce(add, (a * b for a, b in zip(factors, others, strict=True)))
 
 
 def _adaptive_axis_backward(grad: Tensor, x: Tensor, axis: int) -> Tensor:

@@ -135,6 +135,128 @@ def _embedding_backward(
     return embedding.embedding_backward(arrange.plain(grad), indices, count, padding)
 
 
+def _embedding_bag(
+    arrange: Arranger,
+    table: Value,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_by_frequency: bool = False,
+    mode: int = embedding.SUM,
+    sparse: bool = False,
+    per_sample: Tensor | None = None,
+    whole: bool = False,
+    padding: int = -1,
+) -> Any:
+    rows = arrange.plain(table)
+    weights = _in_bags(indices, offsets, whole, per_sample, padding, rows.dtype)
+    # For the backward pass: what is in which bag, in place of each index's bag.
+    if mode == embedding.MAX:
+        found, largest = embedding.largest_of_bags(rows, indices, weights)
+        return found, weights, weights.sum(1), largest
+    found, sizes = embedding.embedding_bag(rows, indices, weights, mode)
+    return found, weights, sizes, indices
+
+
+def _in_bags(
+    indices: Tensor,
+    offsets: Tensor,
+    whole: bool,
+    per_sample: Tensor | None,
+    padding: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    weights = embedding.bags(offsets, indices.shape[0], whole, dtype)
+    if padding >= 0:
+        weights = weights * (indices != padding).to(dtype)
+    return weights if per_sample is None else weights * per_sample
+
+
+def _embedding_bag_backward(
+    arrange: Arranger,
+    grad: Value,
+    indices: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    sizes: Tensor,
+    maxima: Tensor,
+    count: int,
+    scale_by_frequency: bool,
+    mode: int,
+    sparse: bool,
+    per_sample: Tensor | None,
+    padding: int = -1,
+) -> Any:
+    if scale_by_frequency or sparse:
+        return NotImplemented
+    bags = arrange.plain(grad)
+    if mode == embedding.MAX:
+        filled = bags * torch.clamp(sizes, max=1.0).reshape(-1, 1)
+        return torch.zeros(count, bags.shape[1], dtype=bags.dtype).scatter_add(0, maxima, filled)
+    if mode == embedding.MEAN:
+        bags = bags / torch.clamp(sizes, min=1.0).reshape(-1, 1)
+    return embedding.embedding_backward(torch.mm(weights.t(), bags), indices, count, -1)
+
+
+def _per_sample_weights_backward(
+    arrange: Arranger,
+    grad: Value,
+    table: Value,
+    indices: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    mode: int,
+    padding: int = -1,
+) -> Tensor:
+    rows = torch.index_select(arrange.plain(table), 0, indices)
+    within = embedding.bags(offsets, indices.shape[0], False, rows.dtype)
+    products = (rows * torch.mm(within.t(), arrange.plain(grad))).sum(1)
+    return products if padding < 0 else products * (indices != padding).to(rows.dtype)
+
+
+def _weight_norm_backward(
+    arrange: Arranger, grad: Value, direction: Value, size: Value, norms: Value, axis: int
+) -> Any:
+    held = arrange.plain(grad), arrange.plain(direction), arrange.plain(size), arrange.plain(norms)
+    return normalization.weight_norm_backward(*held, axis % direction.dim())
+
+
+def _trilinear(
+    arrange: Arranger,
+    a: Value,
+    b: Value,
+    c: Value,
+    expand_a: Sequence[int],
+    expand_b: Sequence[int],
+    expand_c: Sequence[int],
+    summed: Sequence[int],
+    unroll: int = 1,
+) -> Tensor:
+    """The product of three tensors, axes added to each, summed over some."""
+    factors = []
+    for value, added in ((a, expand_a), (b, expand_b), (c, expand_c)):
+        factor = arrange.plain(value)
+        for axis in sorted(added):
+            factor = factor.unsqueeze(axis)
+        factors.append(factor)
+    product = factors[0] * factors[1] * factors[2]
+    return product.sum(list(summed)) if summed else product
+
+
+def _distances_backward(
+    arrange: Arranger, grad: Value, a: Value, b: Value, p: float, distances: Value
+) -> Any:
+    """From `grad` (..., M, N) of the distances between points `a` (..., M, D) and `b` (..., N, D): that of `a`."""
+    if p not in (1.0, 2.0):
+        return NotImplemented
+    difference = arrange.plain(a).unsqueeze(-2) - arrange.plain(b).unsqueeze(-3)
+    if p == 1.0:
+        return (arrange.plain(grad).unsqueeze(-1) * torch.sign(difference)).sum(-2)
+    between = arrange.plain(distances)
+    # Where two points are one, PyTorch takes 0.
+    share = arrange.plain(grad) / torch.where(between == 0, torch.ones_like(between), between)
+    return (share.unsqueeze(-1) * difference).sum(-2)
+
+
 def _along_last(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """Softmax with its axis turned to be the last, if it is not held so already."""
 
@@ -208,6 +330,12 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
     aten._softmax.default: _along_last(softmax.softmax),
     aten._softmax_backward_data.default: _along_last_backward(softmax.softmax_backward),
+    aten._cdist_backward.default: _distances_backward,
+    aten._embedding_bag.default: _embedding_bag,
+    aten._embedding_bag_backward.default: _embedding_bag_backward,
+    aten._embedding_bag_per_sample_weights_backward.default: _per_sample_weights_backward,
+    aten._trilinear.default: _trilinear,
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
     aten.addmm.default: _matrix_product_with_bias,
     aten.baddbmm.default: _batched_product_with_bias,
     aten.embedding_dense_backward.default: _embedding_backward,

@@ -1,0 +1,52 @@
+"""Which operators are taken apart before a graph is lowered to ExecuTorch, by PyTorch's own decompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions, decomposition_table
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from frostline.exporter.executorch_lowering import kernel_names
+
+aten = torch.ops.aten
+
+_INTO_ATEN = "torch._decomp.decompositions"
+_REFERENCES = (
+    aten.linalg_vector_norm.default,
+    aten.tril_indices.default,
+    aten.triu_indices.default,
+)
+
+
+@cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Those into core ATen, and those of operators that the runtime has no kernel for."""
+    known = {name.partition(".")[0] for name in kernel_names()}
+    without_kernel = {
+        operator: function
+        for operator, function in decomposition_table.items()
+        # Most others, of `torch._refs`, end in operators of their own.
+        if (function.__module__ == _INTO_ATEN or operator in _REFERENCES)
+        and isinstance(operator, OpOverload)
+        and not operator._schema.is_mutable
+        and not {operator._schema.name, f"{operator._schema.name}_copy"} & known
+    }
+    return {**without_kernel, **core_aten_decompositions()}
+
+
+def decomposed(graph: fx.GraphModule, arguments: Sequence[Tensor], kept: Container[Any]) -> fx.GraphModule:
+    """The same functional graph with these operators taken apart, but for those `kept`."""
+    table = {operator: function for operator, function in decompositions().items() if operator not in kept}
+    if not any(node.target in table for node in graph.graph.nodes):
+        return graph
+    run = fx.Interpreter(graph).run
+    taken_apart: fx.GraphModule = make_fx(run, table, tracing_mode="fake", _allow_non_fake_inputs=True)(
+        *arguments
+    )
+    return taken_apart

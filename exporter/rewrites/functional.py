@@ -7,6 +7,7 @@ which constants are written, and that `native_batch_norm` writes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +18,26 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
+Decompositions = Mapping[Any, Callable[..., Any]]
+"""For operators that are taken apart, functions of their arguments."""
+
+
+class LiftingInterpreter(fx.Interpreter):
+    """Constants are values like any other: a copy of one may be written, as batch norm's counter is."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor with fixed values."""
+        value = super().get_attr(target, args, kwargs)
+        return aten.lift_fresh_copy.default(value) if isinstance(value, Tensor) else value
+
 
 def functional(
     graph: fx.GraphModule,
     arguments: Sequence[Tensor],
-    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    decompositions: Decompositions | None = None,
+    interpreter: type[LiftingInterpreter] = LiftingInterpreter,
 ) -> fx.GraphModule:
-    """The same graph without operators that write, or `graph` itself if there are none.
+    """The same graph without operators that write.
 
     Parameters
     ----------
@@ -33,18 +47,43 @@ def functional(
         Its inputs; only their shapes and dtypes matter.
     decompositions : mapping, optional
         Of operators that are taken apart on the way.
+    interpreter : type, optional
+        Rewrites operators on the way.
     """
     _name_what_is_written(graph)
-    if not writes(graph):
-        return graph
-    run = torch.func.functionalize(_Lifting(graph).run)
+    if writes(graph) if decompositions is None else _writes_what_is_viewed(graph):
+        graph = _retraced(graph, arguments, None, LiftingInterpreter)
+    if decompositions is not None:
+        graph = _retraced(graph, arguments, decompositions, interpreter)
+    # A decomposition may write in turn.
+    while writes(graph):
+        graph = _retraced(graph, arguments, decompositions, LiftingInterpreter)
+    return graph
+
+
+def writes(graph: fx.GraphModule) -> bool:
+    """Whether any operator of a graph changes a tensor in place."""
+    return any(_written(node) for node in graph.graph.nodes)
+
+
+def _retraced(
+    graph: fx.GraphModule,
+    arguments: Sequence[Tensor],
+    decompositions: Decompositions | None,
+    interpreter: type[LiftingInterpreter],
+) -> fx.GraphModule:
+    run = interpreter(graph).run
     traced = make_fx(
-        run,
+        torch.func.functionalize(run) if writes(graph) else run,
         decomposition_table=None if decompositions is None else dict(decompositions),
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )
     result: fx.GraphModule = traced(*arguments)
+    for before, after in zip(
+        *(each.graph.find_nodes(op="placeholder") for each in (graph, result)), strict=True
+    ):
+        after.meta = {**before.meta, **after.meta}
     _leave_inputs(result)
     return result
 
@@ -59,19 +98,30 @@ def _leave_inputs(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def writes(graph: fx.GraphModule) -> bool:
-    """Whether any operator of a graph changes a tensor in place."""
-    operators = [node.target for node in graph.graph.nodes if isinstance(node.target, OpOverload)]
-    return any(operator._schema.is_mutable for operator in operators)
+def _writes_what_is_viewed(graph: fx.GraphModule) -> bool:
+    """Whether views are written, or views are taken of what is written.
+
+    Memory is then shared as it was when the graph was recorded: operators that were taken apart can return values that lie
+    otherwise, of which views would be copies.
+    """
+    written = {value for node in graph.graph.nodes for value in _written(node)}
+    return any(_is_view(value) or any(_is_view(user) for user in value.users) for value in written)
 
 
-class _Lifting(fx.Interpreter):
-    """Constants are values like any other: a copy of one may be written, as batch norm's counter is."""
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The values that a node changes in place."""
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return []
+    arguments = node.target._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, node.args, strict=False)} | dict(node.kwargs)
+    changed = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [value for value in changed if isinstance(value, fx.Node)]
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor with fixed values."""
-        value = super().get_attr(target, args, kwargs)
-        return aten.lift_fresh_copy.default(value) if isinstance(value, Tensor) else value
+
+def _is_view(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])  # type: ignore[arg-type]
+    return isinstance(node.target, OpOverload) and node.target.is_view
 
 
 def _name_what_is_written(graph: fx.GraphModule) -> None:

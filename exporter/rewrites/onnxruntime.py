@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.decompositions.gradients import GRADIENTS
 from frostline.exporter.decompositions.indexing import as_strided
@@ -21,7 +20,7 @@ from frostline.exporter.decompositions.table import DECOMPOSITIONS
 from frostline.exporter.onnx_operators.table import OPERATORS
 from frostline.exporter.rewrites import attention
 from frostline.exporter.rewrites.constants import fold_constants
-from frostline.exporter.rewrites.functional import functional
+from frostline.exporter.rewrites.functional import LiftingInterpreter, functional
 from frostline.exporter.rewrites.waiting import let_recomputation_wait
 from frostline.exporter.training_step import INPUT
 
@@ -38,31 +37,16 @@ def rewrite_for_onnxruntime(graph: fx.GraphModule, arguments: Sequence[Tensor]) 
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
     """
-    decomposed = _decomposed(functional(graph, arguments), arguments)
-    rewritten = functional(decomposed, arguments, _decompositions())
+    rewritten = functional(graph, arguments, _decompositions(), _Interpreter)
     fold_constants(rewritten, OPERATORS)
-    before, after = (each.graph.find_nodes(op="placeholder") for each in (graph, rewritten))
-    for old, new in zip(before, after, strict=True):
-        if old.meta.get(INPUT) == "x":
-            let_recomputation_wait(rewritten.graph, new)
+    for batch in rewritten.graph.find_nodes(op="placeholder"):
+        if batch.meta.get(INPUT) == "x":
+            let_recomputation_wait(rewritten.graph, batch)
     rewritten.recompile()
     return rewritten
 
 
-def _decomposed(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    fold_constants(graph, OPERATORS)
-    traced = make_fx(
-        _Interpreter(graph).run,
-        decomposition_table=_decompositions(),
-        tracing_mode="fake",
-        _allow_non_fake_inputs=True,
-    )
-    result: fx.GraphModule = traced(*arguments)
-    result.graph.eliminate_dead_code()
-    return result
-
-
-class _Interpreter(fx.Interpreter):
+class _Interpreter(LiftingInterpreter):
     """Views are of values, not of memory: what is rewritten lies there in another order."""
 
     def run_node(self, n: fx.Node) -> Any:

@@ -88,8 +88,7 @@ def compile_entry(entry: Entry, engine: str, *, timed: bool = True) -> Result:
         blocks = entry.blocks if isinstance(entry.blocks, int) else list(entry.blocks)
         parts = cut(model, blocks, entry.example(2), entry.vocabulary, entry.classes)
         about |= {"parameters": parameters, "cut_seconds": round(time.process_time() - began, 2)}
-        for index in range(len(parts.blocks)):
-            stages.append(_stage(entry, parts, index, engine, timed=timed))
+        stages.extend(_stage(entry, parts, index, engine, timed=timed) for index in range(len(parts.blocks)))
     except FrostlineError as error:
         message = str(error)
         refusal = entry.expected

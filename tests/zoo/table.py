@@ -56,6 +56,7 @@ def _section(title: str, rows: Sequence[Row], engines: Sequence[str]) -> str:
 
 def _cell(row: Row) -> str:
     if row["verdict"] != "compiled":
+        message = row["message"].replace("|", "/")
         return f"{row['verdict']}: {message}"
     stages = row["stages"]
     ratios = sorted(stage["ratio"] for stage in stages)

@@ -43,7 +43,7 @@ def emulate(
     settings, text = load_config(config)
     with contextlib.ExitStack() as stack:
         # The compiler's process loads its libraries while this one loads the same.
-        process = stack.enter_context(CompilerProcess())
+        process = stack.enter_context(CompilerProcess(settings.training.engines[0]))
 
         from frostline.cli.progress import TerminalObserver, print_summary
         from frostline.cli.serve import default_folder

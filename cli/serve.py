@@ -35,7 +35,7 @@ def serve(
         raise UsageError("--resume needs --out: the folder of the run to go on with")
     # The compiler's process loads its libraries while this one loads the same.
     with contextlib.ExitStack() as stack:
-        process = stack.enter_context(CompilerProcess())
+        process = stack.enter_context(CompilerProcess(settings.training.engines[0]))
 
         from frostline.cli.progress import TerminalObserver, print_summary
         from frostline.server.assembly import assemble, broker_address, cache_folder

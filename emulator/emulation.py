@@ -57,8 +57,6 @@ async def emulate(
         Whatever ends the server's run.
     """
     fleet = run.config.fleet
-    # Compiles while the budgets are found, where it has a process of its own.
-    run.schedule.begin(0, run.config.training.engines[0])
     budgets = await memory_budgets(run)
     engines = device_engines(fleet)
     folder = run.folder.path / "devices"

@@ -23,7 +23,7 @@ from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
 from frostline.protocol.sizes import parse_share
 from frostline.protocol.topics import Topics
-from frostline.server.compilation import RemoteCompiler, StageSource
+from frostline.server.compilation import RemoteCompiler, StageCompiler, StageSource
 from frostline.server.compiler_process import CompilerProcess
 from frostline.server.config import DataTable, RunConfig, RunTable, parse_config
 from frostline.server.coordinator import Coordinator, RunObserver
@@ -108,7 +108,12 @@ def assemble(
         target=target_of(training.engines[0]),
         cache=LoweringCache(compiled) if compiled else None,
     )
-    schedule = _schedule(config, source, spec, options, test, process)
+    compiler = RemoteCompiler(process, source, options) if process else None
+    if compiler is not None and not resume:
+        # Goes on while this process cuts the same model.
+        compiler.begin(0, training.engines[0])
+    full = _growing(config, source, spec, options, test, compiler)
+    schedule = _scaled(config, source, full, spec, options, process) if config.model.widths else full
     if resume:
         folder = _open_unfinished(out, config)
         folder.lock()
@@ -148,17 +153,15 @@ def load_test_samples(config: RunConfig) -> Samples | None:
     return load_samples(table.test, "test").some(table.test_samples, config.run.seed)
 
 
-def _schedule(
+def _scaled(
     config: RunConfig,
     source: StageSource,
+    full: GrowingSchedule,
     spec: ModelSpec,
     options: ExportOptions,
-    test: Samples | None,
     process: CompilerProcess | None,
-) -> Schedule:
-    full = _growing(config, source, spec, options, test, process)
-    if not config.model.widths:
-        return full
+) -> WidthSchedule:
+    """The model in every width, each a part of the full one."""
     table = config.model
     if table.blocks != 1 or max(table.widths) != 1:
         raise UsageError(
@@ -168,9 +171,9 @@ def _schedule(
     for width in sorted(set(table.widths), reverse=True)[1:]:
         channels = _scaled_width(spec, table.options, width)
         narrow = table.model_copy(update={"options": {**table.options, "width": channels}})
-        narrow_source = replace(source, model=narrow)
-        narrow_spec = _model(narrow_source, test, config.data)
-        scaled.append((width, _growing(config, narrow_source, narrow_spec, options, None, process)))
+        narrower = replace(source, model=narrow)
+        compiler = RemoteCompiler(process, narrower, options) if process else None
+        scaled.append((width, _growing(config, narrower, narrower.build(), options, None, compiler)))
     return WidthSchedule([(1.0, full), *scaled])
 
 
@@ -199,7 +202,7 @@ def _growing(
     spec: ModelSpec,
     options: ExportOptions,
     test: Samples | None,
-    process: CompilerProcess | None,
+    compiler: StageCompiler | None,
 ) -> GrowingSchedule:
     return GrowingSchedule(
         spec,
@@ -209,7 +212,7 @@ def _growing(
         test,
         int8_prefix=config.training.prefix == "int8",
         output_module=source.model.output_module,
-        compiler=RemoteCompiler(process, source, options) if process else None,
+        compiler=compiler,
         engines=config.training.engines,
     )
 

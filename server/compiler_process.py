@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -10,21 +11,28 @@ from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from frostline.device_runtime.engine import open_runtime
 from frostline.device_runtime.worker import kill_workers, prepare_worker
-from frostline.protocol.errors import RunError
+from frostline.protocol.errors import RunError, UsageError
+from frostline.protocol.messages import Engine
 
 
 class CompilerProcess:
     """One process, started at once, that does one thing after another; begun anew when it dies.
 
     A context manager: the process ends with the `with` block, whatever it is at. Callers wait in threads of their own.
+
+    Parameters
+    ----------
+    engine : Engine
+        The one that it is to compile for first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._one_at_a_time = threading.Lock()
         self._closed = False
         self._pool: ProcessPoolExecutor | None = None
-        self.begin(_import_compiler)
+        self.begin(_import_compiler, engine)
 
     def __enter__(self) -> CompilerProcess:
         return self
@@ -72,10 +80,24 @@ class CompilerProcess:
             with contextlib.suppress(BrokenProcessPool):
                 return self._pool.submit(function, *arguments)
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, initializer=prepare_worker)
+        self._pool = ProcessPoolExecutor(1, context, initializer=_prepare)
         return self._pool.submit(function, *arguments)
 
 
-def _import_compiler() -> None:
+def _prepare() -> None:
+    """Make a new process one that computes on one thread, and leaves nothing behind when it is killed."""
+    prepare_worker()
+    # torch.fx shows progress by tqdm, whose lock of the system's would be reported as leaked.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())
+
+
+def _import_compiler(engine: Engine) -> None:
     """Load what takes seconds, before there is anything to compile."""
+    import torch._dynamo  # noqa: F401
+
     import frostline.server.compilation  # noqa: F401
+
+    # What tracing imports at its first step, and the parity check at its.
+    with contextlib.suppress(UsageError):
+        open_runtime(engine)

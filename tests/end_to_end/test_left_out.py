@@ -44,3 +44,4 @@ def test_a_board_whose_engine_has_no_words_for_a_stage_is_left_out_of_it(tmp_pat
     for word in ("1: ", "onnxruntime", "device-2", "aten._pdist_forward", "module '1.1'", "training.engines"):
         assert word in note
     assert (out / "model.safetensors").is_file()
+    assert "resource_tracker" not in finished.stderr

@@ -45,7 +45,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
 @pytest.fixture(scope="module")
 def process() -> Iterator[CompilerProcess]:
     torch.set_num_threads(1)
-    with CompilerProcess() as running:
+    with CompilerProcess(ENGINE) as running:
         yield running
 
 
@@ -123,7 +123,7 @@ def test_errors_for_people_pass_through_and_others_become_one(
 
 
 def test_a_crash_takes_only_that_with_it_which_caused_it(tmp_path: Path) -> None:
-    with CompilerProcess() as process:
+    with CompilerProcess(ENGINE) as process:
         before = process.call(os.getpid)
         waiting: list[object] = []
 
@@ -142,7 +142,7 @@ def test_a_crash_takes_only_that_with_it_which_caused_it(tmp_path: Path) -> None
 
 
 def test_what_was_begun_and_crashed_is_no_error_of_the_next(tmp_path: Path) -> None:
-    with CompilerProcess() as process:
+    with CompilerProcess(ENGINE) as process:
         process.call(os.getpid)
         process.begin(die)
         time.sleep(1.0)
@@ -150,7 +150,7 @@ def test_what_was_begun_and_crashed_is_no_error_of_the_next(tmp_path: Path) -> N
 
 
 def test_a_stage_that_crashes_the_compiler_is_not_tried_again(options: ExportOptions) -> None:
-    with CompilerProcess() as process:
+    with CompilerProcess(ENGINE) as process:
         there = RemoteCompiler(process, source("tests.server.crashing_model:build", ["0"]), options)
         with pytest.raises(RunError, match="process died"):
             there.whole(0, ENGINE)
@@ -161,7 +161,7 @@ def test_a_stage_that_crashes_the_compiler_is_not_tried_again(options: ExportOpt
 
 
 def test_closing_ends_what_is_under_way(tmp_path: Path) -> None:
-    process = CompilerProcess()
+    process = CompilerProcess(ENGINE)
     pid = process.call(os.getpid)
     ended: list[FrostlineError] = []
 

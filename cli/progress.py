@@ -79,20 +79,27 @@ def print_summary(summary: RunSummary, folder: RunFolder, *, as_json: bool) -> N
     if as_json:
         typer.echo(json.dumps({**summary.model_dump(), "folder": str(folder.path)}, indent=2))
         return
-    saved = 1 - summary.peak_planned_bytes / summary.full_model_planned_bytes
-    peak, whole = format_size(summary.peak_planned_bytes), format_size(summary.full_model_planned_bytes)
     table = Table(title="Frostline run", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("accuracy", format_percent(summary.accuracy))
     table.add_row("blocks frozen by the pace controller", f"{summary.blocks_frozen} of {summary.blocks}")
     table.add_row("rounds", str(summary.rounds))
-    table.add_row(
-        "peak memory on a device", f"{peak} ({format_percent(saved)} less than the whole model's {whole})"
-    )
+    table.add_row("peak memory on a device", peak_text(summary))
     table.add_row("sent to devices", format_size(summary.bytes_down))
     table.add_row("received from devices", format_size(summary.bytes_up))
     table.add_row("training time", format_duration(summary.seconds))
     table.add_row("report", str(folder.report_path))
-    table.add_row("model", f"{folder.model_path.name}, {folder.eval_program_path.name}")
+    written = [path.name for path in (folder.model_path, folder.eval_program_path) if path.exists()]
+    table.add_row("model", ", ".join(written))
     Console().print(table)
+
+
+def peak_text(summary: RunSummary) -> str:
+    """The largest stage's bytes, next to the whole model's where those could be estimated."""
+    peak, whole = summary.peak_planned_bytes, summary.full_model_planned_bytes
+    if not whole:
+        return format_size(peak)
+    change = 1 - peak / whole
+    compared = f"{format_percent(abs(change))} {'less' if change >= 0 else 'more'}"
+    return f"{format_size(peak)} ({compared} than the whole model's, about {format_size(whole)})"

@@ -85,7 +85,7 @@ def device_name(number: int, count: int) -> str:
 
 
 async def memory_budgets(run: Run) -> list[int]:
-    """The devices' budgets in bytes, from sizes or percentages of the whole model's planned bytes.
+    """The devices' budgets in bytes, from sizes or percentages of what the whole model would take, as estimated.
 
     Raises
     ------
@@ -95,7 +95,7 @@ async def memory_budgets(run: Run) -> list[int]:
     fleet = run.config.fleet
     whole = 0
     if any("%" in entry for entry in _memory_entries(fleet)):
-        whole = (await asyncio.to_thread(run.schedule.plan_whole_model)).total
+        whole = (await asyncio.to_thread(run.schedule.estimate_whole_model)).total
     if fleet.memory_range is not None:
         low, high = (parse_share(entry, whole, "fleet.memory_range") for entry in fleet.memory_range)
         drawn = np.random.default_rng(fleet.seed).uniform(low, high, fleet.devices)

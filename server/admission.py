@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from frostline.protocol.manifest import StageManifest
-from frostline.protocol.messages import BlobReference, Presence
+from frostline.protocol.messages import BlobReference, Engine, Presence
 from frostline.protocol.sizes import format_size
 
 
@@ -39,14 +39,25 @@ def admits(presence: Presence, manifest: StageManifest) -> bool:
     return not refusal(presence, [manifest])
 
 
-def refusal(presence: Presence, manifests: Sequence[StageManifest]) -> str:
-    """Why a device can train none of `manifests`; empty if it can train one."""
+def refusal(
+    presence: Presence, manifests: Sequence[StageManifest], refused: Mapping[Engine, str] | None = None
+) -> str:
+    """Why a device can train none of `manifests`; empty if it can train one.
+
+    Parameters
+    ----------
+    refused : mapping of Engine to str, optional
+        Why the stage cannot be compiled for an engine.
+    """
     if presence.state != "online":
         return "offline"
     if not presence.samples:
         return "it has no samples"
     served = [manifest for manifest in manifests if manifest.engine in presence.engines]
     if not served:
+        for engine in presence.engines:
+            if refused and engine in refused:
+                return f"the stage cannot be compiled for {engine}: {refused[engine]}"
         engines = ", ".join(sorted({manifest.engine for manifest in manifests}))
         return f"it has none of the engines {engines}"
     least = min(manifest.planned.total for manifest in served)

@@ -62,7 +62,9 @@ class Aggregator:
         """The new weights, float32; the old ones where no update was folded in."""
         if not any(np.any(held) for held in self._samples.values()):
             return dict(self._weights)
-        return {
-            name: (value + self._sum[name] / np.maximum(self._samples[name], 1)).astype(value.dtype)
-            for name, value in self._weights.items()
-        }
+        # What is too large for float32 becomes infinite, which the server makes an error of.
+        with np.errstate(over="ignore"):
+            return {
+                name: (value + self._sum[name] / np.maximum(self._samples[name], 1)).astype(value.dtype)
+                for name, value in self._weights.items()
+            }

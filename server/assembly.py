@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import numpy as np
 from frostline.datasets.load import load_samples
 from frostline.datasets.samples import Samples
 from frostline.exporter.artifact import ExportOptions
-from frostline.exporter.cutting import cut
-from frostline.exporter.lowering_cache import LoweringCache
-from frostline.exporter.models.lookup import ModelSpec, build_model
+from frostline.exporter.lowering_cache import LoweringCache, default_folder
+from frostline.exporter.models.lookup import ModelSpec
 from frostline.exporter.onnxruntime_training import check_installed, check_optimizer
 from frostline.exporter.optimizer import build_optimizer
 from frostline.exporter.targets import target_of
@@ -24,7 +23,9 @@ from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
 from frostline.protocol.sizes import parse_share
 from frostline.protocol.topics import Topics
-from frostline.server.config import RunConfig, parse_config
+from frostline.server.compilation import RemoteCompiler, StageCompiler, StageSource
+from frostline.server.compiler_process import CompilerProcess
+from frostline.server.config import DataTable, RunConfig, RunTable, parse_config
 from frostline.server.coordinator import Coordinator, RunObserver
 from frostline.server.fleet import Fleet
 from frostline.server.gateway import Gateway
@@ -66,6 +67,7 @@ def assemble(
     *,
     resume: bool,
     compiled: Path | None = None,
+    process: CompilerProcess | None = None,
 ) -> Run:
     """Build the model, cut it and open the run's folder.
 
@@ -73,6 +75,9 @@ def assemble(
     ----------
     compiled : Path or None
         A folder for compiled programs, which runs may share.
+    process : CompilerProcess or None
+        Where stages are compiled, so that rounds go on meanwhile; it ends with the run. In this process if None, as is
+        right in simulated time.
 
     Raises
     ------
@@ -82,7 +87,8 @@ def assemble(
     if config.training.memory_limit is not None:
         parse_share(config.training.memory_limit, 0, "training.memory_limit")
     test = load_test_samples(config)
-    spec = _model(config, test)
+    source = _source(config, test)
+    spec = _model(source, test, config.data)
     training = config.training
     optimizer = build_optimizer(
         training.optimizer,
@@ -95,15 +101,19 @@ def assemble(
     if "onnxruntime-training" in training.engines:
         check_optimizer(optimizer)
         check_installed()
-    target = target_of(training.engines[0])
     options = ExportOptions(
         batch=training.batch,
         classes=spec.classes,
         optimizer=optimizer,
-        target=target,
+        target=target_of(training.engines[0]),
         cache=LoweringCache(compiled) if compiled else None,
     )
-    schedule = _schedule(config, spec, options, test)
+    compiler = RemoteCompiler(process, source, options) if process else None
+    if compiler is not None and not resume:
+        # Goes on while this process cuts the same model.
+        compiler.begin(0, training.engines[0])
+    full = _growing(config, source, spec, options, test, compiler)
+    schedule = _scaled(config, source, full, spec, options, process) if config.model.widths else full
     if resume:
         folder = _open_unfinished(out, config)
         folder.lock()
@@ -115,6 +125,26 @@ def assemble(
     return Run(config, config_text, folder, schedule, address, observer)
 
 
+def cache_folder(config: RunConfig, option: Path | None = None, *, unused: bool = False) -> Path | None:
+    """Where a run keeps compiled programs: what the command line says, else the configuration, else the user's cache.
+
+    Returns
+    -------
+    Path or None
+        None if it keeps none: as asked for, or because the user has no cache that can be written.
+    """
+    if unused or (option is None and config.run.cache == ""):
+        return None
+    if option is not None or config.run.cache is not None:
+        return option or Path(config.run.cache or "")
+    folder = default_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder
+
+
 def load_test_samples(config: RunConfig) -> Samples | None:
     """The server's held-out samples; None if the run has none."""
     table = config.data
@@ -123,10 +153,15 @@ def load_test_samples(config: RunConfig) -> Samples | None:
     return load_samples(table.test, "test").some(table.test_samples, config.run.seed)
 
 
-def _schedule(config: RunConfig, spec: ModelSpec, options: ExportOptions, test: Samples | None) -> Schedule:
-    full = _growing(config, spec, options, test)
-    if not config.model.widths:
-        return full
+def _scaled(
+    config: RunConfig,
+    source: StageSource,
+    full: GrowingSchedule,
+    spec: ModelSpec,
+    options: ExportOptions,
+    process: CompilerProcess | None,
+) -> WidthSchedule:
+    """The model in every width, each a part of the full one."""
     table = config.model
     if table.blocks != 1 or max(table.widths) != 1:
         raise UsageError(
@@ -136,8 +171,9 @@ def _schedule(config: RunConfig, spec: ModelSpec, options: ExportOptions, test: 
     for width in sorted(set(table.widths), reverse=True)[1:]:
         channels = _scaled_width(spec, table.options, width)
         narrow = table.model_copy(update={"options": {**table.options, "width": channels}})
-        narrower = _model(config.model_copy(update={"model": narrow}), test)
-        scaled.append((width, _growing(config, narrower, options, None)))
+        narrower = replace(source, model=narrow)
+        compiler = RemoteCompiler(process, narrower, options) if process else None
+        scaled.append((width, _growing(config, narrower, narrower.build(), options, None, compiler)))
     return WidthSchedule([(1.0, full), *scaled])
 
 
@@ -161,18 +197,23 @@ def _scaled_width(spec: ModelSpec, options: Mapping[str, Any], width: float) -> 
 
 
 def _growing(
-    config: RunConfig, spec: ModelSpec, options: ExportOptions, test: Samples | None
+    config: RunConfig,
+    source: StageSource,
+    spec: ModelSpec,
+    options: ExportOptions,
+    test: Samples | None,
+    compiler: StageCompiler | None,
 ) -> GrowingSchedule:
-    parts = cut(spec.module, config.model.blocks, spec.example(2), spec.vocabulary, spec.classes)
-    int8 = config.training.prefix == "int8"
     return GrowingSchedule(
         spec,
-        parts,
+        source.cut(spec),
         options,
         config.run.seed,
         test,
-        int8_prefix=int8,
-        output_module=config.model.output_module,
+        int8_prefix=config.training.prefix == "int8",
+        output_module=source.model.output_module,
+        compiler=compiler,
+        engines=config.training.engines,
     )
 
 
@@ -180,7 +221,7 @@ def _open_unfinished(out: Path, config: RunConfig) -> RunFolder:
     folder = RunFolder.open(out)
     began_with = parse_config(folder.config_path.read_text(encoding="utf-8"), str(folder.config_path))
     for table in RunConfig.model_fields:
-        if table != "broker" and getattr(config, table) != getattr(began_with, table):
+        if table != "broker" and _lasting(config, table) != _lasting(began_with, table):
             raise UsageError(
                 f"[{table}] differs from {folder.config_path}, which the run began with; resume it with that file"
             )
@@ -188,6 +229,12 @@ def _open_unfinished(out: Path, config: RunConfig) -> RunFolder:
         if ledger.finished():
             raise UsageError(f"the run in {out} is finished: its results are in {folder.report_path.name}")
     return folder
+
+
+def _lasting(config: RunConfig, table: str) -> object:
+    """A table without what may change while a run lasts: where compiled programs are kept changes nothing else."""
+    value = getattr(config, table)
+    return value.model_copy(update={"cache": None}) if isinstance(value, RunTable) else value
 
 
 def _check_unused(config: RunConfig) -> None:
@@ -207,9 +254,10 @@ def broker_address(config: RunConfig, url: str | None = None) -> BrokerAddress:
     return BrokerAddress.parse(url or table.url, table.ca_file, table.certificate_file, table.key_file)
 
 
-def _model(config: RunConfig, test: Samples | None) -> ModelSpec:
-    shape = tuple(config.model.input_shape) if config.model.input_shape else None
-    classes = config.model.classes
+def _source(config: RunConfig, test: Samples | None) -> StageSource:
+    table = config.model
+    shape = tuple(table.input_shape) if table.input_shape else None
+    classes = table.classes
     if test is not None:
         found = (test.x.shape[1:], test.classes)
         if (shape or found[0], classes or found[1]) != found:
@@ -218,15 +266,18 @@ def _model(config: RunConfig, test: Samples | None) -> ModelSpec:
                 f"which have shape {list(found[0])} and {found[1]} classes; leave them out"
             )
         shape, classes = found
-    table = config.model
-    spec = build_model(table.name, table.options, shape, classes, config.run.seed, table.vocabulary)
+    return StageSource(table, shape, classes, config.run.seed)
+
+
+def _model(source: StageSource, test: Samples | None, data: DataTable) -> ModelSpec:
+    spec = source.build()
     if test is not None:
-        _check_inputs(test, spec, config)
+        _check_inputs(test, spec, data)
     return spec
 
 
-def _check_inputs(test: Samples, spec: ModelSpec, config: RunConfig) -> None:
-    source = f"the samples of data.test = {config.data.test!r}"
+def _check_inputs(test: Samples, spec: ModelSpec, data: DataTable) -> None:
+    source = f"the samples of data.test = {data.test!r}"
     if (test.x.dtype == np.int64) != (spec.vocabulary is not None):
         takes, given = ("numbers", "token ids") if spec.vocabulary is None else ("token ids", "numbers")
         raise UsageError(

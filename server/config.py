@@ -25,10 +25,14 @@ class _Table(BaseModel):
 
 
 class RunTable(_Table):
-    """`[run]`: what the run is called and the seed everything random is drawn from."""
+    """`[run]`: what the run is called and the seed everything random is drawn from.
+
+    `cache` is the folder that compiled programs are kept in: the user's own if it is left out, none if it is empty.
+    """
 
     fleet: Name = "demo"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    cache: str | None = None
 
 
 class ModelTable(_Table):

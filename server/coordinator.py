@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from frostline.protocol.blobs import BlobStore
-from frostline.protocol.errors import RunError
+from frostline.protocol.errors import FrostlineError, RunError
 from frostline.protocol.manifest import PlannedMemory
-from frostline.protocol.messages import BlobReference, Presence, RunAnnouncement
+from frostline.protocol.messages import BlobReference, Engine, Presence, RunAnnouncement
 from frostline.protocol.sizes import format_size, parse_share
 from frostline.protocol.tensors import Array, encode_tensors
 from frostline.server.aggregation import Aggregator, narrowed
 from frostline.server.config import RunConfig
+from frostline.server.divergence import NOT_FINITE, diverged, divergence
 from frostline.server.final_model import write_final_model
 from frostline.server.fleet import Fleet
 from frostline.server.ledger import Ledger
-from frostline.server.offering import StageOffers
+from frostline.server.notices import Notices, named
+from frostline.server.offering import StageOffers, explain_refused, tell_refused
 from frostline.server.pace import PaceController, PaceReading
 from frostline.server.records import RoundRecord, RunSummary, StageRecord
 from frostline.server.report import write_report
@@ -28,6 +32,9 @@ from frostline.server.round_selection import RoundSelection
 from frostline.server.run_folder import RunFolder
 from frostline.server.schedule import Schedule
 from frostline.server.snapshots import read_arrays, store_arrays
+
+GRACE_SECONDS = 1.0
+"""How long a round waits for forms that are wanted anew: those that a cache holds are there by then."""
 
 
 class RunObserver:
@@ -93,9 +100,12 @@ class Coordinator:
         self._updates = BlobStore(folder.updates_dir)
         self._fleet = fleet
         self._selection = RoundSelection(config, fleet, self._ledger, folder)
+        self._notices = Notices(observer.on_note)
+        self._whole: int | None = None
         self._limit: int | None = None
+        self._ahead: asyncio.Task[None] | None = None
+        self._hopeless = ""
         self._stages: list[StageRecord] = []
-        # A server killed between recording a round and closing it repeats the round, but not its record.
         self._last_recorded = max((record.round for record in folder.records()), default=-1)
 
     async def run(self) -> RunSummary:
@@ -113,29 +123,44 @@ class Coordinator:
             if not await self._fleet.open(patient=self._ledger.holds_run()):
                 self._observer.on_note("the broker does not answer; trying until it does")
             run = self._ledger.run()
-            whole = await self._compile()
+            await self._compile_first()
             self._announce(run, "open")
             await self._gather()
             await self._run_stages(run)
-            summary = await self._finish(whole)
+            summary = await self._finish()
             self._announce(run, "finished")
             return summary
         finally:
+            if self._ahead is not None:
+                self._ahead.cancel()
+            self._schedule.close()
             self._fleet.content.withdraw_all()
             await self._fleet.close()
             self._ledger.close()
             self._folder.close()
 
-    async def _compile(self) -> int:
-        """Compile all stages before the first lease, so that every peak is known; returns the whole model's."""
-        for index in range(len(self._schedule)):
+    async def _compile_first(self) -> None:
+        """Compile the stage that comes first before the fleet is told of the run; the others while it trains."""
+        index, engine = self._ledger.current_stage(), self._config.training.engines[0]
+        unfinished = index < len(self._schedule)
+        if unfinished:
             self._observer.on_note(f"compiling stage {index + 1} of {len(self._schedule)}")
-            await asyncio.to_thread(self._schedule.plan, index)
-        self._observer.on_note("planning the whole model, for comparison")
-        whole = (await asyncio.to_thread(self._schedule.plan_whole_model)).total
+            self._schedule.begin(index, engine)
+        await self._estimate()
+        if unfinished:
+            # Where it cannot be, that is said once it is known which devices this concerns.
+            with contextlib.suppress(FrostlineError):
+                await asyncio.to_thread(self._schedule.plan, index, engine)
+
+    async def _estimate(self) -> None:
+        """Estimate the whole model, which a limit may be a share of and savings are told by."""
         limit = self._config.training.memory_limit
-        self._limit = None if limit is None else parse_share(limit, whole, "training.memory_limit")
-        return whole
+        try:
+            self._whole = (await asyncio.to_thread(self._schedule.estimate_whole_model)).total
+        except FrostlineError:
+            if limit is not None and "%" in limit:
+                raise
+        self._limit = None if limit is None else parse_share(limit, self._whole or 0, "training.memory_limit")
 
     def _announce(self, run: str, state: str) -> None:
         announcement = RunAnnouncement.model_validate(
@@ -224,14 +249,19 @@ class Coordinator:
     async def _train_stage(self, run: str, index: int) -> None:
         """Run rounds until the pace controller freezes the block, or until there were as many as there may be."""
         progress = await self._begin(index)
-        planned = progress.offers.manifest.planned
-        self._observer.on_stage(self._stage_record(index, planned), len(self._schedule))
         try:
+            await self._offer_first(index, progress.offers)
+            planned = progress.offers.manifest.planned
+            self._observer.on_stage(self._stage_record(index, planned), len(self._schedule))
+            if self._ahead is None:
+                self._ahead = asyncio.create_task(self._compile_ahead(index + 1))
             # Asked before each round: a server may have been killed between a stage's last round and its freezing.
             while not progress.pace.converged and progress.rounds < progress.cap:
+                if self._hopeless:
+                    raise RunError(self._hopeless)
                 await self._run_round(run, index, progress)
         finally:
-            progress.offers.withdraw()
+            await progress.offers.withdraw()
         if not progress.pace.converged:
             self._observer.on_note(
                 f"{self._schedule.name(index)}: frozen by the cap of {progress.rounds} rounds, not converged"
@@ -239,17 +269,88 @@ class Coordinator:
         frozen_by = "pace" if progress.pace.converged else "round_cap"
         self._ledger.freeze_stage(index, frozen_by, progress.weights_reference, planned)
 
+    async def _offer_first(self, index: int, offers: StageOffers) -> None:
+        """Put a stage on offer to the devices that are there, so that its first round is not trained by some of them.
+
+        Raises
+        ------
+        RunError
+            If it cannot be compiled for any engine of the run, or for none that came within `rounds.join_seconds`.
+        """
+        offers.begin()
+        deadline = loop_time() + self._config.rounds.join_seconds
+        while True:
+            await offers.settle()
+            offers.widen(self._trainers())
+            if offers.compiling:
+                continue
+            self._tell_left_out(offers)
+            if offers.offers:
+                return
+            if loop_time() >= deadline or set(offers.refused) >= set(self._config.training.engines):
+                raise RunError(explain_refused(self._schedule.name(index), offers.refused))
+            self._fleet.remind()
+            await wait_for_change(self._fleet.changed)
+
+    def _trainers(self) -> list[Presence]:
+        """The devices online that have something to train on."""
+        return [presence for presence in self._online() if presence.samples]
+
+    def _tell_left_out(self, offers: StageOffers) -> None:
+        """Say once which devices the server cannot serve, and why."""
+        served = self._config.training.engines
+        strangers: dict[tuple[str, ...], list[str]] = {}
+        for record in self._fleet.devices.values():
+            presence = record.presence
+            if presence.state == "online" and not set(presence.engines) & set(served):
+                engines = (*presence.engines, *record.unknown_engines)
+                strangers.setdefault(engines, []).append(presence.device)
+        for engines, devices in strangers.items():
+            has = f"have {' and '.join(engines)} only" if engines else "have no engine"
+            self._notices.tell_once(
+                f"left out of this run: {named(devices)}, which {has}; stages are compiled for training.engines = {served}: "
+                "install one of these there, or add theirs if this server knows it",
+                "strangers",
+                *engines,
+            )
+        offers.leave_out(self._trainers())
+
+    async def _compile_ahead(self, first: int) -> None:
+        """Compile the stages to come, in order, for the engines that the fleet turns out to have."""
+        for index in range(first, len(self._schedule)):
+            refused: dict[Engine, str] = {}
+            compiled: set[Engine] = set()
+            while pending := self._engines_in_use(refused) - compiled - set(refused):
+                engine = min(pending, key=self._config.training.engines.index)
+                try:
+                    await asyncio.to_thread(self._schedule.plan, index, engine)
+                    compiled.add(engine)
+                except FrostlineError as error:
+                    name, trainers = self._schedule.name(index), self._trainers()
+                    refused[engine] = tell_refused(self._notices, name, engine, trainers, str(error))
+            if refused and not self._engines_in_use(refused):
+                # Not worth the rounds before it.
+                self._hopeless = explain_refused(self._schedule.name(index), refused)
+
+    def _engines_in_use(self, refused: Container[Engine]) -> set[Engine]:
+        """The engines that devices are served for where a stage cannot be compiled for those refused."""
+        served = self._config.training.engines
+        first = (
+            next((each for each in presence.engines if each in served and each not in refused), None)
+            for presence in self._trainers()
+        )
+        return {each for each in first if each is not None}
+
     async def _begin(self, index: int) -> _StageProgress:
         """Publish a stage and take up where the ledger says it stands."""
         training, content = self._config.training, self._fleet.content
-        offers = await asyncio.to_thread(
-            StageOffers, index, self._schedule, training, content, self._limit, self._observer.on_note
-        )
+        offers = StageOffers(index, self._schedule, training, content, self._limit, self._notices)
+        weights = self._schedule.weights(index)
         pace = PaceController(self._config.pace, self._config.run.seed)
         row = self._ledger.begin_stage(index, self._schedule.name(index))
         cap = row.rounds_before + self._config.rounds.max_per_stage
         progress = _StageProgress(
-            offers, pace, offers.weights, store_arrays(self._weights, offers.weights), cap, row.rounds
+            offers, pace, weights, store_arrays(self._weights, weights), cap, row.rounds
         )
         last = self._ledger.last_round(index)
         if last is not None:
@@ -263,33 +364,49 @@ class Coordinator:
     async def _run_round(self, run: str, index: int, progress: _StageProgress) -> None:
         number = self._ledger.rounds()
         started = loop_time()
-        await progress.offers.widen([presence for presence in self._online() if presence.samples])
+        offers = progress.offers
+        offers.widen(self._trainers())
+        await offers.settle(GRACE_SECONDS)
+        self._tell_left_out(offers)
         self._ledger.open_round(number, index, progress.weights_reference)
-        forms = {offer.width: offer.manifest for offer in progress.offers.offers}
+        forms = {offer.width: offer.manifest for offer in offers.offers}
         published = {
             width: self._fleet.content.offer(encode_tensors(narrowed(progress.weights, manifest.trained)))
             for width, manifest in forms.items()
         }
         last_layer = self._schedule.last_layer(index)
-        plan = self._selection.plan(number, run, progress.offers.offers, published, last_layer)
+        plan = self._selection.plan(number, run, offers.offers, published, last_layer, offers.refused)
         aggregator = Aggregator(progress.weights)
         current = Round(plan, self._config, self._fleet, self._ledger, aggregator, self._updates)
+
+        def candidates() -> list[str]:
+            offers.widen(self._trainers())
+            return self._selection.order(plan)
+
         try:
             rounds = self._config.rounds
-            if not await current.collect(
-                lambda: self._selection.order(plan), rounds.minimum_updates, rounds.join_seconds
-            ):
-                eligible = len(self._selection.order(plan))
-                explained = asyncio.to_thread(self._explain_shortage, index, eligible, len(current.metrics))
-                raise RunError(await explained)
+            enough = await current.collect(
+                candidates, rounds.minimum_updates, rounds.join_seconds, lambda: offers.compiling
+            )
         finally:
             for reference in published.values():
                 self._fleet.content.withdraw(reference)
         for note in current.notes:
             self._observer.on_note(note)
+        if not enough:
+            raise RunError(await self._explain_shortage(index, current, plan, offers))
 
         before = progress.weights_reference
-        progress.weights = aggregator.result()
+        weights = aggregator.result()
+        self._check_diverged(current, plan, weights, index, progress, started)
+        if all(np.array_equal(weights[name], value) for name, value in progress.weights.items()):
+            self._notices.tell_once(
+                f"{self._schedule.name(index)}: round {number + 1} moved none of its tensors: all gradients were zero, or too "
+                "small for float32; look for frozen layers and dead units in it, or raise training.learning_rate",
+                "unmoved",
+                str(index),
+            )
+        progress.weights = weights
         progress.weights_reference = store_arrays(self._weights, progress.weights)
         parameters = {
             spec.name for spec in progress.offers.manifest.parameters if spec.name.startswith("block.")
@@ -297,8 +414,7 @@ class Coordinator:
         reading = progress.pace.observe({n: w for n, w in progress.weights.items() if n in parameters})
         accuracy = await asyncio.to_thread(self._schedule.accuracy, index, progress.weights)
         pace_reference = store_arrays(self._weights, progress.pace.snapshot())
-        if number > self._last_recorded:
-            self._record(current, plan, reading, accuracy, index, progress, loop_time() - started)
+        self._record(current, plan, reading, accuracy, index, progress, loop_time() - started)
         replaced = {before.sha256: before}
         if (last_pace := self._ledger.last_pace(index)) is not None:
             replaced[last_pace.sha256] = last_pace
@@ -310,24 +426,60 @@ class Coordinator:
         progress.rounds += 1
         self._selection.learn(number)
 
-    def _explain_shortage(self, index: int, eligible: int, returned: int) -> str:
+    def _check_diverged(
+        self,
+        current: Round,
+        plan: RoundPlan,
+        weights: Mapping[str, Array],
+        index: int,
+        progress: _StageProgress,
+        started: float,
+    ) -> None:
+        """End a run that has diverged, with the round that shows it on record.
+
+        Raises
+        ------
+        RunError
+            Naming stage and round, by what it shows, and what to change.
+        """
+        loss = _mean_loss(current)
+        sign = divergence(loss, weights, progress.offers.manifest.classes)
+        if sign:
+            nothing = PaceReading(None, None, None, False)
+            self._record(current, plan, nothing, None, index, progress, loop_time() - started)
+            raise RunError(self._diverged(index, plan.number, sign))
+
+    def _diverged(self, index: int, number: int, sign: str) -> str:
+        training = self._config.training
+        return diverged(self._schedule.name(index), number, sign, training.learning_rate, training.clip_norm)
+
+    async def _explain_shortage(
+        self, index: int, current: Round, plan: RoundPlan, offers: StageOffers
+    ) -> str:
         online = self._online()
         waited = f"within {self._config.rounds.join_seconds:.0f} s"
         if not online:
             return f"no device joined fleet {self._config.run.fleet!r} {waited}; start some with frostline device"
         name = self._schedule.name(index)
-        if eligible:
+        if self._selection.order(plan):
+            unfinished = [reason for reason in current.reasons if NOT_FINITE in reason]
+            if unfinished and len(unfinished) == len(current.reasons):
+                return self._diverged(index, plan.number, f"every device gave up, {unfinished[-1]!r}")
             needed = self._config.rounds.minimum_updates
-            return f"stage {name!r}: {returned} of at least {needed} updates came back {waited}"
+            last = f"; the last: {current.reasons[-1]}" if current.reasons else ""
+            return f"stage {name!r}: {len(current.metrics)} of at least {needed} updates came back {waited}{last}"
         engines = self._config.training.engines
         if not any(set(presence.engines) & set(engines) for presence in online):
             return (
                 f"stage {name!r}: none of the {len(online)} devices online has an engine of training.engines = {engines}; "
                 "add theirs, or install one of these on a device"
             )
-        if not any(presence.samples for presence in online):
+        trainers = self._trainers()
+        if not trainers:
             return f"stage {name!r}: none of the {len(online)} devices online has any samples"
-        least = self._least_memory(index)
+        if offers.refused and not any(offers.engine_of(presence) for presence in trainers):
+            return explain_refused(name, offers.refused)
+        least = await asyncio.to_thread(self._least_memory, index, offers)
         largest = max(presence.memory_bytes for presence in online)
         return (
             f"stage {name!r} can be trained with {least} bytes and none of the {len(online)} devices "
@@ -335,12 +487,12 @@ class Coordinator:
             "more, or cut the model into more blocks or use a smaller batch"
         )
 
-    def _least_memory(self, index: int) -> int:
-        """The smallest budget that a form of the stage fits, for the run's first engine."""
-        engine = self._config.training.engines[0]
-        if self._config.training.variants == "whole":
-            return self._schedule.prepare(index, engine).manifest.planned.total
-        return self._schedule.smallest(index, engine).manifest.planned.total
+    def _least_memory(self, index: int, offers: StageOffers) -> int:
+        """The smallest budget that a form of the stage fits, for the first engine that there is one for."""
+        if self._config.training.variants == "auto":
+            with contextlib.suppress(FrostlineError):
+                return self._schedule.smallest(index, offers.manifest.engine).manifest.planned.total
+        return min(offer.manifest.planned.total for offer in offers.offers)
 
     def _record(
         self,
@@ -362,7 +514,7 @@ class Coordinator:
             stages=len(self._schedule),
             round=plan.number,
             round_in_stage=progress.rounds,
-            loss=float(np.average([m.loss for m in metrics], weights=[m.samples for m in metrics])),
+            loss=_mean_loss(current),
             accuracy=accuracy if accuracy is not None else on_devices,
             accuracy_source="server" if accuracy is not None else "devices" if evaluated else "none",
             effective_movement=reading.effective_movement,
@@ -380,8 +532,10 @@ class Coordinator:
             engines=Counter(manifest.engine for manifest in served),
             seconds=seconds,
         )
-        self._folder.record(record)
-        self._observer.on_round(record)
+        # A server killed between recording a round and closing it repeats the round, but not its record.
+        if record.round > self._last_recorded:
+            self._folder.record(record)
+            self._observer.on_round(record)
 
     def _bytes_down(self, current: Round, plan: RoundPlan, progress: _StageProgress) -> int:
         """Payload the devices of a round fetched: the weights each time, the programs once a device."""
@@ -395,11 +549,14 @@ class Coordinator:
             known.update(wanted)
         return total
 
-    async def _finish(self, whole: int) -> RunSummary:
+    async def _finish(self) -> RunSummary:
         records = self._folder.records()
         model = self._schedule.trained_model()
         example = self._schedule.example(self._config.training.batch)
-        await asyncio.to_thread(write_final_model, self._folder, model, example)
+        try:
+            await asyncio.to_thread(write_final_model, self._folder, model, example)
+        except RunError as error:
+            self._observer.on_note(f"{self._folder.eval_program_path.name} was not written: {error}")
         summary = RunSummary(
             run=self._folder.path.name,
             accuracy=records[-1].accuracy,
@@ -407,7 +564,7 @@ class Coordinator:
             blocks_frozen=sum(stage.frozen_by == "pace" for stage in self._stages),
             blocks=len(self._stages),
             peak_planned_bytes=max(stage.planned_bytes for stage in self._stages),
-            full_model_planned_bytes=whole,
+            full_model_planned_bytes=self._whole or 0,
             bytes_down=sum(record.bytes_down for record in records),
             bytes_up=sum(record.bytes_up for record in records),
             seconds=sum(record.seconds for record in records),
@@ -417,3 +574,9 @@ class Coordinator:
         write_report(self._folder, summary, records, self._config_text)
         self._ledger.finish()
         return summary
+
+
+def _mean_loss(current: Round) -> float:
+    """Of the updates counted, a sample."""
+    metrics = current.metrics
+    return float(np.average([m.loss for m in metrics], weights=[m.samples for m in metrics]))

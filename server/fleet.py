@@ -22,10 +22,19 @@ class RoundListener(UpdateJudge, Protocol):
 
 @dataclass
 class DeviceRecord:
-    """A device as last heard of; `offline_since` is a reading of the loop's clock, None while it is online."""
+    """A device as last heard of.
+
+    Attributes
+    ----------
+    offline_since : float or None
+        A reading of the loop's clock; None while it is online.
+    unknown_engines : tuple of str
+        What it names that this server has never heard of; left out of `presence`.
+    """
 
     presence: Presence
     offline_since: float | None
+    unknown_engines: tuple[str, ...] = ()
 
 
 class Content(Protocol):

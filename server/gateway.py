@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import re
+from typing import Any, get_args
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.connection import BrokerAddress, Connection
 from frostline.protocol.errors import ProtocolViolation, RunError
 from frostline.protocol.messages import (
+    MESSAGE_BYTES_LIMIT,
     Answer,
     ContentRequest,
+    Engine,
     Lease,
     Presence,
     Receipt,
@@ -27,6 +32,11 @@ REMIND_SECONDS = 5.0
 """How often the fleet is told of the run again while devices are missing."""
 REMIND_SECONDS_PER_DEVICE = 0.002
 """What is left between reminders for each device there is, since all of them answer."""
+ENGINES = get_args(Engine)
+ENGINE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+"""What the name of an engine may look like that is shown to a person."""
+ENGINES_LIMIT = 16
+"""Most engines looked at of a device that names unknown ones."""
 DEVICES_LIMIT = 100_000
 """Most device names remembered: names come from the network."""
 
@@ -111,7 +121,7 @@ class Gateway:
         device = received.device
         match received.kind:
             case "presence":
-                self._on_presence(device, decode(Presence, payload))
+                self._on_presence(device, *_decode_presence(payload))
             case "answer" if self._listener is not None:
                 self._listener.on_answer(device, decode(Answer, payload))
             case "request":
@@ -123,7 +133,7 @@ class Gateway:
             case "chunk" if self._receiver is not None:
                 self._reply(device, self._receiver.on_chunk(device, received.update, received.index, payload))
 
-    def _on_presence(self, device: str, presence: Presence) -> None:
+    def _on_presence(self, device: str, presence: Presence, unknown_engines: tuple[str, ...]) -> None:
         if presence.device != device:
             raise ProtocolViolation(f"presence of {presence.device!r} on the topic of {device!r}")
         known = self.devices.get(device)
@@ -136,10 +146,44 @@ class Gateway:
         if presence.state == "offline" and stale:
             return
         offline_since = asyncio.get_running_loop().time() if presence.state == "offline" else None
-        self.devices[device] = DeviceRecord(presence, offline_since)
+        self.devices[device] = DeviceRecord(presence, offline_since, unknown_engines)
         if self._listener is not None:
             self._listener.on_presence(device)
 
     def _reply(self, device: str, receipt: Receipt | None) -> None:
         if receipt is not None:
             self._connection.publish(self._topics.receipt(device), receipt.encode())
+
+
+def _decode_presence(payload: bytes) -> tuple[Presence, tuple[str, ...]]:
+    """A presence, and the engines in it that this server has never heard of, which it leaves out.
+
+    A device that is newer than its server is told apart from one that sends nonsense: it may have other engines as well,
+    and a person is told of it.
+
+    Raises
+    ------
+    ProtocolViolation
+        If anything else is wrong with it.
+    """
+    try:
+        return decode(Presence, payload), ()
+    except ProtocolViolation:
+        document = _json_object(payload)
+        engines = document.get("engines")
+        if not isinstance(engines, list) or len(engines) > ENGINES_LIMIT:
+            raise
+        unknown = [each for each in engines if each not in ENGINES]
+        if not unknown or not all(isinstance(each, str) and ENGINE_NAME.fullmatch(each) for each in unknown):
+            raise
+        known = {**document, "engines": [each for each in engines if each in ENGINES]}
+        return decode(Presence, json.dumps(known).encode()), tuple(unknown)
+
+
+def _json_object(payload: bytes) -> dict[str, Any]:
+    """What a message holds; nothing if it is no JSON object or too long."""
+    try:
+        document = json.loads(payload) if len(payload) <= MESSAGE_BYTES_LIMIT else None
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,12 @@ class Ledger:
                 row = StageRow(stage=stage, name=name, rounds=0)
                 session.add(row)
             return row
+
+    def current_stage(self) -> int:
+        """The first stage that is not frozen, counted from 0."""
+        with self._read() as session:
+            frozen = set(session.scalars(select(StageRow.stage).where(StageRow.result.is_not(None))))
+            return next(stage for stage in count() if stage not in frozen)
 
     def freeze_stage(self, stage: int, frozen_by: str, result: BlobReference, planned: PlannedMemory) -> None:
         """Record that a stage's block is frozen with the weights `result`, trained in forms of at most `planned`."""

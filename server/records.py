@@ -144,7 +144,8 @@ class RunSummary(_Record):
     peak_planned_bytes : int
         Bytes of memory that the largest stage takes on a device.
     full_model_planned_bytes : int
-        Bytes of memory that training the whole model at once would take on a device.
+        About the bytes of memory that training the whole model at once would take on a device: estimated, within about a
+        tenth; 0 if it cannot be.
     bytes_down : int
         Bytes sent to devices.
     bytes_up : int

@@ -314,7 +314,7 @@ def _draw_memory(summary: RunSummary) -> str:
             color=_FREEZE,
             linestyle=(0, (4, 3)),
             linewidth=1.4,
-            label=f"whole model at once, {format_size(summary.full_model_planned_bytes)}",
+            label=f"whole model at once, about {format_size(summary.full_model_planned_bytes)}",
         )
         axes.set_yticks(positions, [_literal(f"{stage.stage + 1}  {stage.name}") for stage in summary.stages])
         axes.invert_yaxis()

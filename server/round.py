@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from frostline.protocol.blobs import BlobStore
 from frostline.protocol.errors import CorruptContent
-from frostline.protocol.messages import Answer, BlobReference, Lease, TrainingMetrics, UpdateOffer
+from frostline.protocol.messages import Answer, BlobReference, Engine, Lease, TrainingMetrics, UpdateOffer
 from frostline.protocol.tensors import Array
 from frostline.protocol.update_encoding import decode_update, largest_update
 from frostline.server.admission import OfferedStage, fastest_admitted
@@ -53,7 +53,9 @@ class RoundPlan:
     Attributes
     ----------
     offers : sequence of OfferedStage
-        The forms of the stage, fastest first.
+        The forms of the stage, fastest first; more may come while the round is on.
+    refused : mapping of Engine to str
+        Why the stage cannot be compiled for an engine; likewise.
     weights : mapping of float to BlobReference
         What devices start from, by the width of the form.
     devices : int
@@ -74,6 +76,7 @@ class RoundPlan:
     deadline_seconds: float
     surplus: int = 0
     last_layer: Sequence[str] = ()
+    refused: Mapping[Engine, str] = field(default_factory=dict)
 
 
 class Round:
@@ -110,6 +113,7 @@ class Round:
         self.accepted_by: list[str] = []
         self.variants: dict[str, OfferedStage] = {}
         self.notes: list[str] = []
+        self.reasons: list[str] = []
         self._restore()
 
     @property
@@ -123,9 +127,18 @@ class Round:
         self._gave_nothing.clear()
 
     async def collect(
-        self, order: Callable[[], Sequence[str]], minimum: int, patience_seconds: float
+        self,
+        order: Callable[[], Sequence[str]],
+        minimum: int,
+        patience_seconds: float,
+        preparing: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Run, again if need be, with the candidates `order` names each time, until `minimum` updates have come.
+
+        Parameters
+        ----------
+        preparing : callable
+            Whether something is being made ready that may let more devices take part: patience begins after it.
 
         Returns
         -------
@@ -136,7 +149,7 @@ class Round:
         while True:
             before = self.asked, len(self.metrics)
             await self.run(iter(order()))
-            if (self.asked, len(self.metrics)) != before:
+            if (self.asked, len(self.metrics)) != before or preparing():
                 waiting_since = loop_time()
             if len(self.metrics) >= minimum:
                 return True
@@ -347,6 +360,7 @@ class Round:
         if state != "surplus":
             self._gave_nothing.add(held.device)
             self.notes.append(f"{held.device}: {state}: {reason}")
+            self.reasons.append(reason)
 
 
 def loop_time() -> float:

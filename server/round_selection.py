@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from frostline.protocol.messages import BlobReference, Presence
+from frostline.protocol.messages import BlobReference, Engine, Presence
 from frostline.server.admission import OfferedStage, fastest_admitted, refusal
 from frostline.server.config import RunConfig
 from frostline.server.fleet import Fleet
@@ -40,18 +40,20 @@ class RoundSelection:
         offers: Sequence[OfferedStage],
         weights: Mapping[float, BlobReference],
         last_layer: Sequence[str],
+        refused: Mapping[Engine, str] | None = None,
     ) -> RoundPlan:
-        """What is fixed before round `number` begins."""
+        """What is fixed before round `number` begins; `offers` and `refused` may grow while it is on."""
         wanted = self._config.rounds.devices
         return RoundPlan(
             number=number,
             run=run,
-            offers=list(offers),
+            offers=offers,
             weights=weights,
             devices=wanted,
             surplus=self._surplus(wanted),
             deadline_seconds=self._deadline(offers, number, wanted),
             last_layer=last_layer,
+            refused=refused if refused is not None else {},
         )
 
     def order(self, plan: RoundPlan) -> list[str]:
@@ -62,7 +64,7 @@ class RoundSelection:
         places = {each.device: place for place, each in enumerate(ranked)}
         known = {each.device: each for each in ranked}
         choices = [
-            self._choice(presence, known.get(device), places.get(device), wanted, plan.offers)
+            self._choice(presence, known.get(device), places.get(device), wanted, plan)
             for device, presence in sorted(
                 presences.items(), key=lambda item: (places.get(item[0], len(places)), item[0])
             )
@@ -135,11 +137,11 @@ class RoundSelection:
         ranked: Ranked | None,
         place: int | None,
         wanted: int,
-        offers: Sequence[OfferedStage],
+        plan: RoundPlan,
     ) -> DeviceChoice:
-        offer = fastest_admitted(presence, offers)
+        offer = fastest_admitted(presence, plan.offers)
         if ranked is None or place is None or offer is None:
-            reason = refusal(presence, [each.manifest for each in offers])
+            reason = refusal(presence, [each.manifest for each in plan.offers], plan.refused)
             return DeviceChoice(device=presence.device, reason=reason, memory_bytes=presence.memory_bytes)
         figures = asdict(ranked)
         return DeviceChoice(

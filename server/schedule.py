@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,22 +11,15 @@ import torch
 from torch import Tensor
 
 from frostline.datasets.samples import Samples
-from frostline.exporter.artifact import (
-    CompiledStage,
-    ExportOptions,
-    arrays,
-    compile_prefix,
-    plan_stage,
-)
+from frostline.exporter.artifact import CompiledStage, ExportOptions, arrays
 from frostline.exporter.cutting import CutModel
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.models.lookup import ModelSpec
 from frostline.exporter.output_module import OutputModuleKind
-from frostline.exporter.planning import StageVariants
+from frostline.exporter.planning import estimate_stage
 from frostline.exporter.quantization import in_batches
 from frostline.exporter.stage import (
     Stage,
-    build_stage,
     build_whole_model,
     load_tensors,
     statistics_tensors,
@@ -34,9 +27,12 @@ from frostline.exporter.stage import (
 )
 from frostline.exporter.target import LoweredProgram
 from frostline.exporter.targets import target_of
+from frostline.exporter.variant import WHOLE
+from frostline.protocol.errors import FrostlineError, RunError
 from frostline.protocol.manifest import PlannedMemory, Program, StageManifest
 from frostline.protocol.messages import Engine
 from frostline.protocol.tensors import Array
+from frostline.server.compilation import LocalCompiler, StageCompiler, build_stages
 
 EVALUATION_BATCH = 256
 CALIBRATION = 64
@@ -60,7 +56,10 @@ class PreparedStage:
 
 
 class Schedule(Protocol):
-    """The stages of a run, one after another."""
+    """The stages of a run, one after another.
+
+    What compiles raises a FrostlineError where a stage cannot be: for that engine and form, not for others.
+    """
 
     def __len__(self) -> int:
         """How many there are."""
@@ -68,11 +67,17 @@ class Schedule(Protocol):
     def name(self, index: int) -> str:
         """The name of a stage's block."""
 
-    def plan(self, index: int) -> PlannedMemory:
+    def weights(self, index: int) -> dict[str, Array]:
+        """What a stage starts from: its parameters and statistics."""
+
+    def begin(self, index: int, engine: Engine) -> None:
+        """Have a stage compiled meanwhile, for `plan` and `prepare` to find; returns at once."""
+
+    def plan(self, index: int, engine: Engine) -> PlannedMemory:
         """What training a stage in one piece takes on a device; compiles the stage on first use."""
 
-    def plan_whole_model(self) -> PlannedMemory:
-        """What training the whole model at once would take, by the same count."""
+    def estimate_whole_model(self) -> PlannedMemory:
+        """About what training the whole model at once would take, by the same count; nothing is compiled for it."""
 
     def prepare(self, index: int, engine: Engine) -> PreparedStage:
         """The stage for an engine, trained in one piece, behind the blocks that are frozen by now."""
@@ -110,6 +115,9 @@ class Schedule(Protocol):
     def example(self, batch: int) -> Tensor:
         """A batch of zeros as the model takes it."""
 
+    def close(self) -> None:
+        """Compile nothing more, and give up what is being compiled."""
+
 
 class GrowingSchedule:
     """Trains the blocks of a model front to back (SmartFreeze, Wu et al., IWQoS 2024; ProFL's growing phase).
@@ -126,6 +134,10 @@ class GrowingSchedule:
         on synthetic ones.
     output_module : "convolutions" or "linear"
         What stands in for the blocks to come; a linear one is begun afresh at each stage.
+    compiler : StageCompiler or None
+        What compiles the stages; this process if None.
+    engines : sequence of Engine
+        The run's, that of `options` if empty: the whole model is estimated for the first that can express it.
     """
 
     def __init__(
@@ -138,12 +150,15 @@ class GrowingSchedule:
         *,
         int8_prefix: bool = False,
         output_module: OutputModuleKind = "convolutions",
+        compiler: StageCompiler | None = None,
+        engines: Sequence[Engine] = (),
     ) -> None:
         self._spec = spec
         self._cut = cut
         self._options = options
-        self._stages = [build_stage(cut, index, seed, output_module) for index in range(len(cut.blocks))]
-        self._variants: dict[tuple[int, Engine], StageVariants] = {}
+        self._stages = build_stages(cut, seed, output_module)
+        self._engines = engines or [options.target.engine]
+        self._compiler = compiler or LocalCompiler(self._stages, options)
         self._whole: PlannedMemory | None = None
         self._frozen = 0
         self._prefixes: dict[tuple[int, Engine], tuple[Program, bytes]] = {}
@@ -163,29 +178,55 @@ class GrowingSchedule:
         """The name of a stage's block."""
         return self._stages[index].name
 
-    def plan(self, index: int) -> PlannedMemory:
-        """What training a stage in one piece takes on a device; compiles the stage on first use."""
-        return self._compiled(index, self._options.target.engine).compiled().manifest.planned
+    def weights(self, index: int) -> dict[str, Array]:
+        """What a stage starts from: its parameters and statistics."""
+        stage = self._stages[index]
+        return arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
 
-    def plan_whole_model(self) -> PlannedMemory:
-        """What training the whole model at once would take, by the same count."""
+    def begin(self, index: int, engine: Engine) -> None:
+        """Have a stage compiled meanwhile, for `plan` and `prepare` to find; returns at once."""
+        self._compiler.begin(index, engine)
+
+    def plan(self, index: int, engine: Engine) -> PlannedMemory:
+        """What training a stage in one piece takes on a device; compiles the stage on first use."""
+        return self._compiler.whole(index, engine).manifest.planned
+
+    def estimate_whole_model(self) -> PlannedMemory:
+        """About what training the whole model at once would take, by the same count; nothing is compiled for it."""
         if self._whole is None:
-            self._whole = plan_stage(build_whole_model(self._cut), self._options)
+            self._whole = self._estimated_whole_model()
         return self._whole
+
+    def _estimated_whole_model(self) -> PlannedMemory:
+        failure: Exception | None = None
+        for engine in self._engines:
+            try:
+                # Of a model in one block the only stage is the whole model, and is compiled anyway.
+                return self.plan(0, engine) if len(self) == 1 else self._estimated_for(engine)
+            except (
+                Exception
+            ) as error:  # Tracing runs the model's own code, and rewrites refuse what they do not know.
+                failure = failure or error
+        reason = str(failure).strip().partition("\n")[0]
+        raise RunError(f"what the whole model would take cannot be estimated: {reason}") from failure
+
+    def _estimated_for(self, engine: Engine) -> PlannedMemory:
+        options = replace(self._options, target=target_of(engine))
+        return estimate_stage(build_whole_model(self._cut), options, WHOLE)
 
     def prepare(self, index: int, engine: Engine) -> PreparedStage:
         """The stage for an engine, trained in one piece, behind the blocks that are frozen by now."""
-        return self._prepared(index, self._compiled(index, engine).compiled())
+        return self._prepared(index, self._compiler.whole(index, engine))
 
     def prepare_within(self, index: int, engine: Engine, budget: int) -> PreparedStage | None:
         """The same in the fastest variant that fits a budget in bytes; None if none does. May compile some."""
         prefix = [program for program, _ in self._prefix(engine)]
-        compiled = self._compiled(index, engine).fastest(budget, prefix)
+        compiled = self._compiler.fastest(index, engine, budget, prefix)
         return self._prepared(index, compiled) if compiled else None
 
     def smallest(self, index: int, engine: Engine) -> PreparedStage:
         """The variant that takes least. May compile some."""
-        return self._prepared(index, self._compiled(index, engine).smallest())
+        return self._prepared(index, self._compiler.smallest(index, engine))
 
     def narrower(self, index: int, engine: Engine) -> list[PreparedStage]:
         """None: every form of a stage trains all of it."""
@@ -203,34 +244,24 @@ class GrowingSchedule:
         layer = names[-1].rpartition(".")[0]
         return [name for name in names if name.rpartition(".")[0] == layer]
 
-    def _compiled(self, index: int, engine: Engine) -> StageVariants:
-        """The variants of a stage for an engine; a stage is the same on all."""
-        key = index, engine
-        if key not in self._variants:
-            options = replace(self._options, target=target_of(engine))
-            self._variants[key] = StageVariants(self._stages[index], options)
-        return self._variants[key]
-
     def _prefix(self, engine: Engine) -> list[tuple[Program, bytes]]:
         """The frozen blocks for an engine."""
-        for index in range(self._frozen):
-            if (index, engine) not in self._prefixes:
-                compiled = compile_prefix(
-                    self._stages[index],
-                    self._options.batch,
-                    target_of(engine),
-                    self._calibrations.get(index),
-                )
-                self._prefixes[index, engine] = compiled
-        return [self._prefixes[index, engine] for index in range(self._frozen)]
+        # A block that is reopened meanwhile takes these with it: what is added to them then is not found any more.
+        known, frozen = self._prefixes, range(self._frozen)
+        for index in frozen:
+            if (index, engine) not in known:
+                weights = self.weights(index)
+                block = {name: value for name, value in weights.items() if name.startswith("block.")}
+                samples = self._calibrations.get(index)
+                calibration = None if samples is None else samples.numpy()
+                known[index, engine] = self._compiler.frozen(index, engine, block, calibration)
+        return [known[index, engine] for index in frozen]
 
     def _prepared(self, index: int, compiled: CompiledStage) -> PreparedStage:
-        stage = self._stages[index]
-        weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
         prefix = self._prefix(compiled.manifest.engine)
         manifest = compiled.manifest.behind([program for program, _ in prefix])
         files = {program.file.sha256: content for program, content in prefix}
-        return PreparedStage(manifest, {**compiled.files, **files}, weights)
+        return PreparedStage(manifest, {**compiled.files, **files}, self.weights(index))
 
     def accuracy(self, index: int, weights: Mapping[str, Array]) -> float | None:
         """Fraction of the held-out samples the stage classifies correctly; None without any."""
@@ -257,8 +288,7 @@ class GrowingSchedule:
         if self._calibration is not None:
             self._calibrations[index] = self._calibration
             self._calibration = self._forward(stage.model.block.eval(), self._calibration)
-        prefix = self._prefix(self._options.target.engine)
-        change = self._accuracy_change(stage, *prefix[-1]) if self._in_int8 else None
+        change = self._accuracy_change(stage) if self._in_int8 else None
         if self._features is not None:
             self._features = self._forward(stage.model.block.eval(), self._features)
         load_tensors(self._stages[index + 1], {**trainable_tensors(stage), **statistics_tensors(stage)})
@@ -279,9 +309,14 @@ class GrowingSchedule:
     def _in_int8(self) -> bool:
         return bool(self._calibrations) and self._options.target.engine == "executorch"
 
-    def _accuracy_change(self, stage: Stage, program: Program, content: bytes) -> float | None:
+    def _accuracy_change(self, stage: Stage) -> float | None:
         """What the program that devices run in the block's place changes of the stage's accuracy."""
         if self._test is None or self._features is None:
+            return None
+        try:
+            program, content = self._prefix(self._options.target.engine)[-1]
+        except FrostlineError:
+            # Whoever prepares the next stage for that engine meets it again, and says so.
             return None
         x, y = self._features[:EVALUATION_BATCH], self._test.y[:EVALUATION_BATCH]
         lowered = LoweredProgram(content, ("x",), program.arena_bytes)
@@ -301,6 +336,10 @@ class GrowingSchedule:
     def example(self, batch: int) -> Tensor:
         """A batch of zeros as the model takes it."""
         return self._spec.example(batch)
+
+    def close(self) -> None:
+        """Compile nothing more, and give up what is being compiled."""
+        self._compiler.close()
 
     def _load(self, index: int, weights: Mapping[str, Array]) -> torch.nn.Module:
         stage = self._stages[index]

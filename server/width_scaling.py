@@ -50,13 +50,21 @@ class WidthSchedule:
         """The name of the stage."""
         return self._full.name(index)
 
-    def plan(self, index: int) -> PlannedMemory:
-        """What training the full width takes."""
-        return self._full.plan(index)
+    def weights(self, index: int) -> dict[str, Array]:
+        """The full width's."""
+        return self._full.weights(index)
 
-    def plan_whole_model(self) -> PlannedMemory:
-        """The same: the full width is the whole model."""
-        return self._full.plan(0)
+    def begin(self, index: int, engine: Engine) -> None:
+        """Have the full width compiled meanwhile."""
+        self._full.begin(index, engine)
+
+    def plan(self, index: int, engine: Engine) -> PlannedMemory:
+        """What training the full width takes."""
+        return self._full.plan(index, engine)
+
+    def estimate_whole_model(self) -> PlannedMemory:
+        """The same, estimated: the full width is the whole model."""
+        return self._full.estimate_whole_model()
 
     def prepare(self, index: int, engine: Engine) -> PreparedStage:
         """The full width."""
@@ -100,6 +108,11 @@ class WidthSchedule:
     def example(self, batch: int) -> Tensor:
         """A batch of zeros as the model takes it."""
         return self._full.example(batch)
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        for _, schedule in self._schedules:
+            schedule.close()
 
     def _prepared(self, number: int, index: int, engine: Engine) -> PreparedStage:
         width, schedule = self._schedules[number]

@@ -242,7 +242,7 @@ def test_speeds_and_bandwidths_are_drawn_in_their_ranges(tmp_path: Path, compile
 
 def budgets(**table: Any) -> list[int]:
     fleet = FleetTable(**table)
-    plan = SimpleNamespace(plan_whole_model=lambda: SimpleNamespace(total=1000))
+    plan = SimpleNamespace(estimate_whole_model=lambda: SimpleNamespace(total=1000))
     run: Any = SimpleNamespace(config=SimpleNamespace(fleet=fleet), schedule=plan)
     return asyncio.run(memory_budgets(run))
 

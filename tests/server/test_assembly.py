@@ -10,7 +10,7 @@ import pytest
 from frostline.protocol.connection import BrokerAddress
 from frostline.protocol.errors import UsageError
 from frostline.server import assembly
-from frostline.server.assembly import Run, assemble
+from frostline.server.assembly import Run, assemble, cache_folder
 from frostline.server.config import parse_config
 from frostline.server.coordinator import RunObserver
 from frostline.server.ledger import Ledger, sqlite_url
@@ -81,3 +81,43 @@ def test_a_database_is_given_to_one_run(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UsageError, match="the database holds a run"):
         begin(f'{TEXT}\n[ledger]\nurl = "postgresql://host/name"\n', tmp_path / "run", resume=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "option", "unused", "expected"),
+    [
+        ("", None, False, "user/frostline/programs"),
+        ('cache = "programs"', None, False, "programs"),
+        ('cache = ""', None, False, None),
+        ('cache = "programs"', "named", False, "named"),
+        ('cache = ""', "named", False, "named"),
+        ('cache = "programs"', "named", True, None),
+        ("", None, True, None),
+    ],
+)
+def test_where_compiled_programs_are_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    table: str,
+    option: str | None,
+    unused: bool,
+    expected: str | None,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    config = parse_config(f"[run]\n{table}\n{TEXT}", "run.toml")
+    folder = cache_folder(config, None if option is None else Path(option), unused=unused)
+    home = tmp_path / expected if expected and expected.startswith("user") else expected and Path(expected)
+    assert folder == home
+
+
+def test_a_user_without_a_cache_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_folder(parse_config(TEXT, "run.toml")) is None
+
+
+def test_a_run_goes_on_with_another_cache(tmp_path: Path) -> None:
+    begin(f'[run]\ncache = "{tmp_path}/one"\n{TEXT}', tmp_path / "run", resume=False)
+    begin(TEXT, tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match=r"\[run\] differs"):
+        begin(f"[run]\nseed = 1\n{TEXT}", tmp_path / "run", resume=True)

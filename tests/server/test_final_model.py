@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from frostline.exporter.models.lookup import build_model
+from frostline.protocol.errors import RunError
 from frostline.server.final_model import write_final_model
 from frostline.server.run_folder import RunFolder
 
@@ -38,3 +39,25 @@ def test_the_program_gives_the_logits_of_the_weights(tmp_path: Path, norm: str) 
     (logits,) = program.run([x])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert logits.std() > 1e-3
+
+
+class Unsayable(torch.nn.Module):
+    """Sorts by a kernel that the runtime does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.erfinv(self.layer(x).tanh())
+
+
+def test_a_model_that_executorch_cannot_express_leaves_its_weights(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    model = Unsayable()
+    folder = RunFolder.create(tmp_path / "run")
+    with pytest.raises(RunError, match=r"ExecuTorch cannot express the model.*erfinv"):
+        write_final_model(folder, model, torch.zeros(2, 4))
+    assert not folder.eval_program_path.exists()
+    saved = safetensors.torch.load_file(folder.model_path)
+    assert torch.equal(saved["layer.weight"], model.layer.weight)

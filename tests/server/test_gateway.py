@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,45 @@ def test_a_presence_is_remembered_and_told(tmp_path: Path) -> None:
         assert gateway.devices["phone"].offline_since is None
         assert listener.told == [("presence", "board")]
         assert gateway.violations == 0
+
+    asyncio.run(play())
+
+
+def with_engines(engines: Any) -> bytes:
+    return json.dumps({**json.loads(presence()), "engines": engines}).encode()
+
+
+@pytest.mark.parametrize(
+    ("engines", "known", "unknown"),
+    [
+        (["tflite"], [], ("tflite",)),
+        (["tflite", "onnxruntime", "executorch-2"], ["onnxruntime"], ("tflite", "executorch-2")),
+        (["executorch"], ["executorch"], ()),
+    ],
+)
+def test_engines_of_a_later_version_are_left_out_and_kept_for_a_person(
+    tmp_path: Path, engines: list[str], known: list[str], unknown: tuple[str, ...]
+) -> None:
+    async def play() -> None:
+        gateway, connection = await opened(tmp_path)
+        connection.on_message(TOPICS.presence("phone"), with_engines(engines))
+        record = gateway.devices["phone"]
+        assert (record.presence.engines, record.unknown_engines) == (known, unknown)
+        assert gateway.violations == 0
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [["a b"], ["x" * 33], ["\x1b[31m"], [7], [["executorch"]], {"executorch": 1}, ["tflite"] * 17, "tflite"],
+)
+def test_engines_that_are_no_names_are_a_violation(tmp_path: Path, engines: Any) -> None:
+    async def play() -> None:
+        gateway, connection = await opened(tmp_path)
+        connection.on_message(TOPICS.presence("phone"), with_engines(engines))
+        assert gateway.violations == 1
+        assert gateway.devices == {}
 
     asyncio.run(play())
 

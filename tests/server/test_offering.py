@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from frostline.protocol.blobs import reference_to
 from frostline.protocol.messages import BlobReference, Presence
 from frostline.server.config import TrainingTable
+from frostline.server.notices import Notices
 from frostline.server.offering import StageOffers
 from frostline.server.schedule import PreparedStage
 from tests.server.builders import online, program, stage_manifest
@@ -20,6 +22,9 @@ class Forms:
 
     def __init__(self, **forms: int) -> None:
         self.forms = forms
+
+    def name(self, index: int) -> str:
+        return "block"
 
     def prepare(self, index: int, engine: str) -> PreparedStage:
         return self._prepared(next(iter(self.forms)), engine)
@@ -60,10 +65,23 @@ class Stage:
         self.content = Content()
         self.notes: list[str] = []
         table = TrainingTable.model_validate(training)
-        self.offers = StageOffers(0, forms, table, self.content, limit, self.notes.append)
+        self.offers = StageOffers(0, forms, table, self.content, limit, Notices(self.notes.append))
+
+        async def begin() -> None:
+            self.offers.begin()
+            await self.offers.settle()
+
+        asyncio.run(begin())
 
     def widen(self, *presences: Presence) -> None:
-        asyncio.run(self.offers.widen(presences))
+        async def widen() -> None:
+            self.offers.widen(presences)
+            await self.offers.settle()
+
+        asyncio.run(widen())
+
+    def withdraw(self) -> None:
+        asyncio.run(self.offers.withdraw())
 
     @property
     def offered(self) -> list[tuple[str, str, float]]:
@@ -85,7 +103,7 @@ def test_smaller_forms_are_offered_once_a_device_needs_them() -> None:
     assert len(stage.offered) == 3
     for offer in stage.offers.offers:
         assert {offer.reference.sha256, offer.manifest.training.file.sha256} <= stage.content.on_offer
-    stage.offers.withdraw()
+    stage.withdraw()
     assert stage.content.on_offer == set()
 
 
@@ -131,3 +149,45 @@ def test_every_width_is_offered_from_the_start() -> None:
     assert [width for _, _, width in stage.offered] == [1.0, 0.5, 0.25]
     stage.widen(online(memory_bytes=450))
     assert len(stage.offered) == 3
+
+
+def test_a_form_that_is_known_to_be_the_fastest_within_a_budget_is_not_asked_for_again() -> None:
+    asked: list[int] = []
+
+    class Counting(Forms):
+        def prepare_within(self, index: int, engine: str, budget: int) -> PreparedStage | None:
+            asked.append(budget)
+            return super().prepare_within(index, engine, budget)
+
+    stage = Stage(Counting(whole=1000, micro2=600, micro4=300))
+    stage.widen(*(online(memory_bytes=memory) for memory in range(250, 1000, 10)))
+    assert asked == [990, 590, 290]
+    assert [variant for _, variant, _ in stage.offered] == ["whole", "micro2", "micro4"]
+    stage.widen(online(memory_bytes=995), online(memory_bytes=601), online(memory_bytes=299))
+    assert asked == [990, 590, 290, 995, 299]
+
+
+def test_what_is_being_compiled_when_a_stage_ends_is_not_offered_any_more() -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    class Slow(Forms):
+        def prepare(self, index: int, engine: str) -> PreparedStage:
+            if engine == "onnxruntime":
+                begun.set()
+                assert release.wait(30)
+            return super().prepare(index, engine)
+
+    stage = Stage(Slow(whole=1000))
+
+    async def leave() -> None:
+        stage.offers.widen([online(engines=["onnxruntime"])])
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        assert stage.offers.compiling
+        await stage.offers.withdraw()
+        assert not stage.offers.compiling
+        release.set()
+
+    asyncio.run(leave())
+    assert stage.offered == [("executorch", "whole", 1.0)]
+    assert stage.content.on_offer == set()

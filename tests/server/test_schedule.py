@@ -23,7 +23,7 @@ from frostline.exporter.variant import Variant
 from frostline.protocol.blobs import reference_to
 from frostline.protocol.manifest import PlannedMemory, Program
 from frostline.protocol.tensors import Array
-from frostline.server import schedule as schedule_module
+from frostline.server import compilation
 from frostline.server.schedule import GrowingSchedule
 from tests.server.builders import BATCH, planned, program, stage_manifest
 
@@ -93,7 +93,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         return fake_program(f"prefix {stage.name}", stage.input_shape)
 
     monkeypatch.setattr(planning, "compile_stage", compile_stage)
-    monkeypatch.setattr(schedule_module, "compile_prefix", compile_prefix)
+    monkeypatch.setattr(compilation, "compile_prefix", compile_prefix)
 
 
 def trained(weights: Mapping[str, Array], seed: int) -> dict[str, Array]:
@@ -159,9 +159,9 @@ def test_a_budget_gets_the_fastest_variant_that_fits(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("without_compiler")
 def test_plans_are_made_once() -> None:
     schedule = build().schedule
-    assert schedule.plan(2).arena == 3000
-    assert schedule.plan(2) is schedule.plan(2)
-    assert schedule.plan_whole_model() is schedule.plan_whole_model()
+    assert schedule.plan(2, "executorch").arena == 3000
+    assert schedule.plan(2, "executorch") is schedule.plan(2, "executorch")
+    assert schedule.estimate_whole_model() is schedule.estimate_whole_model()
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -321,9 +321,9 @@ def test_the_last_layer_is_that_nearest_to_the_logits(output_module: OutputModul
 @pytest.mark.slow
 def test_a_compiled_schedule_plans_trains_and_freezes() -> None:
     grown = build("group", blocks=2, test=held_out(8), name="small_cnn")
-    planned = grown.schedule.plan(0)
+    planned = grown.schedule.plan(0, "executorch")
     assert planned.total > 0
-    assert grown.schedule.plan(0) is planned
+    assert grown.schedule.plan(0, "executorch") is planned
     first = grown.schedule.prepare(0, "executorch")
     assert {spec.name: spec.shape for spec in first.manifest.trained} == {
         name: value.shape for name, value in first.weights.items()

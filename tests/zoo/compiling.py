@@ -95,7 +95,9 @@ def compile_entry(entry: Entry, engine: str, *, timed: bool = True) -> Result:
         expected = isinstance(refusal, Refusal) and all(each in message for each in refusal.mentions)
         return Result(**about, verdict="refused", as_expected=expected, message=message)
     except Exception as error:  # a defect of the exporter, which the table is to show
-        return Result(**about, verdict="failed", as_expected=False, message=f"{type(error).__name__}: {error}"[:500])
+        return Result(
+            **about, verdict="failed", as_expected=False, message=f"{type(error).__name__}: {error}"[:500]
+        )
     return Result(**about, verdict="compiled", as_expected=entry.expected == "compiles", stages=stages)
 
 

@@ -1,6 +1,6 @@
 """The zoo on both engines: what compiles, how exactly, how fast, and what is refused with which words.
 
-    python -m tests.zoo.run --table docs/models.md --json build/zoo.json
+python -m tests.zoo.run --table docs/models.md --json build/zoo.json
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _begin() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile what is asked for; the exit code tells whether all of it came out as its entries say."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="a regular expression that names have to match")
     parser.add_argument("--kind", choices=("architecture", "layer"))
     parser.add_argument("--engine", choices=ENGINES)
@@ -89,13 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _summarise(engine: str, rows: Sequence[Row]) -> None:
     stages = [stage for row in rows for stage in row["stages"]]
-    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("compiled", "refused", "failed")}
+    counts = {
+        verdict: sum(row["verdict"] == verdict for row in rows)
+        for verdict in ("compiled", "refused", "failed")
+    }
     ratios = [stage["ratio"] for stage in stages if stage["ratio"]]
     print(engine, counts, "as expected", sum(row["as_expected"] for row in rows), "of", len(rows), end="; ")
     if ratios:
         print(f"step over eager: median {statistics.median(ratios):.2f}", end="; ")
     if stages:
-        print(f"seconds a stage: median {statistics.median(s['seconds'] for s in stages):.1f}, most {max(s['seconds'] for s in stages):.1f}")
+        print(
+            f"seconds a stage: median {statistics.median(s['seconds'] for s in stages):.1f}, most {max(s['seconds'] for s in stages):.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from frostline.exporter.stage import Stage
     from frostline.protocol.manifest import Program, StageManifest
 
+DEFAULT_BLOCKS = 4
+MOST_EXPLAINED = 6
+"""Blocks of the longest cut that --explain-cut shows by itself."""
+
 CALIBRATION = 64
 """Samples of noise that int8 blocks are calibrated on."""
 
@@ -33,13 +38,25 @@ def export(
         typer.Option(help="A built-in model such as [bold]resnet18[/bold], or your package.module:factory."),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder for the artifacts, one sub-folder a stage. New or empty.")
-    ],
+        Path | None,
+        typer.Option(
+            help="Folder for the artifacts, one sub-folder a stage. New or empty. Needed but for --explain-cut."
+        ),
+    ] = None,
+    explain_cut: Annotated[
+        bool,
+        typer.Option(
+            "--explain-cut",
+            help="Compile nothing: show what 1, 2, 3 ... blocks, or those of --blocks, would take in memory, in cached "
+            "features and in traffic.",
+        ),
+    ] = False,
     blocks: Annotated[
         str | None,
         typer.Option(
             help="How many blocks, or the names of the modules each ends with: layer1,layer2,layer3. "
-            "By default 4, or with --memory-budget as few as fit."
+            "Operators that follow a module may belong to its block: conv1+relu. By default up to 4, or with "
+            "--memory-budget as few as fit."
         ),
     ] = None,
     memory_budget: Annotated[
@@ -102,7 +119,9 @@ def export(
     from frostline.exporter.planning import BudgetPlanner, balanced_cuts
     from frostline.exporter.targets import find_target
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is None and not explain_cut:
+        raise UsageError("--out is missing: name a new or empty folder for the artifacts")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not an empty folder; choose another")
     if prefix not in ("float32", "int8"):
         raise UsageError(f"--prefix {prefix!r}: use float32 or int8")
@@ -116,16 +135,22 @@ def export(
     console = Console(stderr=True)
     with console.status(f"cutting {model}") as status:
         cutter = Cutter(spec.module, spec.example(2), spec.vocabulary, spec.classes)
-        if budget is None:
-            parts = cutter.cut(_blocks(blocks or "4"))
+        if out is None or explain_cut:
+            cuts = [cutter.cut(_blocks(blocks))] if blocks else balanced_cuts(cutter, MOST_EXPLAINED)
+            explained = _explain(cuts, options, seed, kind, status.update)
+        elif budget is None:
+            parts = cutter.cut(_blocks(blocks) if blocks else min(DEFAULT_BLOCKS, cutter.most_blocks))
             compiled = _compile(parts, options, seed, kind, status.update)
         else:
             cuts = [cutter.cut(_blocks(blocks))] if blocks else balanced_cuts(cutter)
             planner = BudgetPlanner(options, budget, seed, status.update, kind)
             fitted = planner.fit(cuts)
             parts, compiled = fitted.cut, fitted.stages
-        rows = _write(parts, compiled, options, seed, kind, out, int8=prefix == "int8")
-    if as_json:
+        if out is not None and not explain_cut:
+            rows = _write(parts, compiled, options, seed, kind, out, int8=prefix == "int8")
+    if explain_cut:
+        _print_explained(Console(), model, batch, explained, as_json=as_json)
+    elif as_json:
         typer.echo(json.dumps({"model": model, "batch": batch, "stages": rows}, indent=2))
     else:
         _print(Console(), model, batch, rows)
@@ -181,6 +206,61 @@ def _write(
             prefix_files[program.file.sha256] = content
         rows.append(_row(stage, manifest, each.parity))
     return rows
+
+
+def _explain(
+    cuts: Iterable[CutModel],
+    options: ExportOptions,
+    seed: int,
+    kind: OutputModuleKind,
+    notify: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """For the whole model and for each cut the figures of its stages."""
+    from frostline.exporter.alternatives import figures_of, figures_of_whole
+
+    explained: list[dict[str, Any]] = []
+    for parts in cuts:
+        if not explained:
+            notify("estimating the whole model")
+            explained.append({"blocks": 0, "stages": [asdict(figures_of_whole(parts, options))]})
+        notify(f"estimating {len(parts.blocks)} blocks")
+        stages = [asdict(each) for each in figures_of(parts, options, seed, kind)]
+        explained.append({"blocks": len(parts.blocks), "stages": stages})
+    return explained
+
+
+def _print_explained(
+    console: Console, model: str, batch: int, explained: list[dict[str, Any]], *, as_json: bool
+) -> None:
+    if as_json:
+        typer.echo(json.dumps({"model": model, "batch": batch, "cuts": explained}, indent=2))
+        return
+    table = Table(title=f"{model}, batch {batch}: ways to cut it, by estimate")
+    headings = (
+        "blocks",
+        "ends with",
+        "block",
+        "output module",
+        "memory",
+        "features a sample",
+        "travels a round",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "ends with" else "right")
+    for cut in explained:
+        for index, stage in enumerate(cut["stages"]):
+            table.add_row(
+                "" if index else str(cut["blocks"] or "none"),
+                stage["name"],
+                f"{stage['block_parameters']:,}",
+                f"{stage['output_module_parameters']:,}",
+                *(
+                    format_size(stage[size]) if stage[size] else ""
+                    for size in ("planned_bytes", "feature_bytes", "travels_bytes")
+                ),
+                end_section=index + 1 == len(cut["stages"]),
+            )
+    console.print(table)
 
 
 def _row(stage: Stage, manifest: StageManifest, parity: Parity) -> dict[str, Any]:

@@ -130,6 +130,11 @@ class Cutter:
         _check_counters(made, self._whole)
         self.layout = Layout(made, tensors_of(module), self._whole.gradients.keys(), evaluated)
 
+    @property
+    def most_blocks(self) -> int:
+        """Into how many blocks the model can be cut without naming them."""
+        return max(most_blocks(self.layout), 1)
+
     def cut(self, blocks: int | Sequence[str]) -> CutModel:
         """The model in blocks, as `cut` takes them."""
         module, layout = self._module, self.layout

@@ -253,10 +253,10 @@ class _Misfit:
     planned: PlannedMemory
 
 
-def balanced_cuts(cutter: Cutter) -> Iterator[CutModel]:
+def balanced_cuts(cutter: Cutter, most: int = MOST_BLOCKS) -> Iterator[CutModel]:
     """A model in 1, 2, 3 ... blocks of balanced cost, as far as its boundaries allow."""
     yield cutter.cut(1)
-    for count in range(2, MOST_BLOCKS + 1):
+    for count in range(2, most + 1):
         try:
             yield cutter.cut(count)
         except UsageError:

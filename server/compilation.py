@@ -145,7 +145,7 @@ class StageSource:
         UsageError
             If it cannot be cut there.
         """
-        return cut(spec.module, self.model.blocks, spec.example(2), spec.vocabulary)
+        return cut(spec.module, self.model.blocks, spec.example(2), spec.vocabulary, spec.classes)
 
 
 def build_stages(parts: CutModel, seed: int, output_module: OutputModuleKind) -> list[Stage]:

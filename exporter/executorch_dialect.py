@@ -16,7 +16,6 @@ import torch
 from executorch.exir import memory
 from executorch.exir.dialects.edge.op.api import to_variant
 from executorch.exir.operator.convert import get_out_args_from_opoverload
-from executorch.exir.passes.replace_view_copy_with_view_pass import _ViewSpec
 from executorch.exir.tensor import TensorSpec
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
@@ -48,9 +47,6 @@ _OF_ONE_DTYPE = {
     aten.sub.Tensor: PROMOTION.DEFAULT,
 }
 """Operators whose portable kernels are slow, or missing, where dtypes are mixed."""
-
-_BESIDE = 1e-6
-"""From one node's place in the graph to what is put right behind it."""
 
 Number = bool | int | float
 
@@ -87,6 +83,14 @@ def execution_graph(module: fx.GraphModule, written: Mapping[int, int]) -> fx.Gr
     for node in module.graph.nodes:
         builder.take(node)
     return builder.finished()
+
+
+def place_views(graph: fx.Graph) -> None:
+    """Once memory is planned, tell where views lie: where their bases do."""
+    for view in graph.find_nodes(op="call_function", target=memory.view):
+        base, spec = view.all_input_nodes[0].meta["spec"], view.meta["spec"]
+        for each in ("const", "mem_id", "mem_obj_id", "mem_offset", "storage"):
+            setattr(spec, each, getattr(base, each))
 
 
 def exported(module: fx.GraphModule) -> ExportedProgram:
@@ -144,23 +148,27 @@ class _Builder:
         """The whole, with arguments written."""
         arguments = self._graph.find_nodes(op="placeholder")
         returned = [value for place, value in enumerate(self._results) if place not in self._written]
-        position = {node: float(index) for index, node in enumerate(self._graph.nodes)}
-        for place, argument in self._written.items():
-            self._write(arguments[argument], self._results[place], position)
+        writes = [(arguments[argument], self._results[place]) for place, argument in self._written.items()]
+        writes = [(argument, self._apart(value)) for argument, value in writes if value is not argument]
+        position = {node: index for index, node in enumerate(self._graph.nodes)}
+        for argument, value in writes:
+            # At the end, every new value would have to be kept until then.
+            last = max([value, *_readers(argument)], key=position.__getitem__)
+            with self._graph.inserting_after(last):
+                write = self._graph.call_function(aten.copy_.default, (argument, value))
+            write.meta["spec"] = argument.meta["spec"]
         output = self._graph.output(tuple(returned))
         output.meta["spec"] = tuple(value.meta["spec"] for value in returned)
         return fx.GraphModule(self._root, self._graph)
 
-    def _write(self, argument: fx.Node, value: fx.Node, position: dict[fx.Node, float]) -> None:
-        """Write an argument where it is last read. At the end, every new value would have to be kept until then."""
-        if value is argument:
-            return
-        last = max([value, *_readers(argument)], key=position.__getitem__)
-        with self._graph.inserting_after(last):
-            made = self._graph.call_function(aten.copy_.default, (argument, value))
-        made.meta["spec"] = argument.meta["spec"]
-        # It may read an argument that is yet to be written.
-        position[made] = position[last] + _BESIDE
+    def _apart(self, value: fx.Node) -> fx.Node:
+        """The value in memory that is no argument's, which may be written before it is read."""
+        base = value.all_input_nodes[0] if value.target is memory.view else value
+        if base.op != "placeholder":
+            return value
+        shape = list(value.meta["spec"].shape)
+        like = torch.empty(shape, dtype=value.meta["spec"].dtype, device="meta")
+        return self._computed(aten.view_copy.default, (base, shape), {}, like)
 
     def _call(self, node: fx.Node) -> Any:
         target = cast(OpOverload, node.target)
@@ -183,7 +191,7 @@ class _Builder:
         if list(base.meta["spec"].shape) == shape:
             return base
         made = self._graph.call_function(memory.view, (base, shape))
-        made.meta["spec"] = _ViewSpec(base.meta["spec"], shape)
+        made.meta["spec"] = TensorSpec(base.meta["spec"].dtype, torch.Size(shape))
         return made
 
     def _item(self, source: Any, index: int) -> Any:

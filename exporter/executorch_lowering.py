@@ -84,10 +84,11 @@ def lower_portable(
         from executorch.exir.passes import MemoryPlanningPass
         from executorch.exir.program import ExecutorchProgramManager
 
-        from frostline.exporter.executorch_dialect import execution_graph, exported
+        from frostline.exporter.executorch_dialect import execution_graph, exported, place_views
 
         executed = execution_graph(graph, dict(enumerate(writes)))
         MemoryPlanningPass(alloc_graph_input=False).run(executed)
+        place_views(executed.graph)
         program = ExecutorchProgramManager({"forward": exported(executed)}, None, ExecutorchBackendConfig())
         plan = program.executorch_program.execution_plan[0]
         return LoweredProgram(bytes(program.buffer), sum(plan.non_const_buffer_sizes))

@@ -166,8 +166,7 @@ def _uniform(draws: SeededDropout, shape: Sequence[int], *limits: float, **named
 def _normal(draws: SeededDropout, shape: Sequence[int], mean: Any = 0.0, std: Any = 1.0) -> Tensor:
     drawn = draws.normal(shape)
     if isinstance(mean, Tensor) or isinstance(std, Tensor):
-        scattered: Tensor = mean + std * drawn.to(torch.result_type(mean, std))
-        return scattered
+        return torch.add(std * drawn.to(torch.result_type(mean, std)), mean)
     return drawn if (mean, std) == (0, 1) else drawn * std + mean
 
 

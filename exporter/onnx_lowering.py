@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from frostline.exporter.executorch_lowering import UnsupportedOperators
 from frostline.exporter.onnx_operators.graph import ELEMENT_TYPES, OnnxGraph, Value
-from frostline.exporter.onnx_operators.table import OPERATORS
+from frostline.exporter.onnx_operators.table import IN_SINGLE_PRECISION, OPERATORS
 from frostline.exporter.training_step import TracedProgram
 from frostline.protocol.manifest import NEW
 
@@ -34,8 +34,10 @@ NOT_SO = "ONNX cannot say it with these arguments"
 aten = torch.ops.aten
 
 
-def lower_to_onnx(program: TracedProgram, arguments: Sequence[Tensor], results: Sequence[str]) -> bytes:
-    """Write a traced program as an ONNX model.
+def lower_to_onnx(
+    program: TracedProgram, arguments: Sequence[Tensor], results: Sequence[str], *, traceable: bool = False
+) -> bytes:
+    """Write a traced program as an ONNX model, whose nodes are named for the operators they come from if `traceable`.
 
     Its inputs are the program's, by name and in order. Its outputs are what the program returns, named `results`, then
     `new.<input>` for each input that it writes.
@@ -54,6 +56,8 @@ def lower_to_onnx(program: TracedProgram, arguments: Sequence[Tensor], results: 
     inputs = [
         _described(Value(n, tuple(t.shape), t.dtype)) for n, t in zip(program.inputs, arguments, strict=True)
     ]
+    if traceable:
+        emitter.onnx_graph.name_nodes()
     return _serialized(
         emitter.onnx_graph, inputs, [_described(v) for v in outputs[written:] + outputs[:written]]
     )
@@ -102,18 +106,24 @@ class _Emitter(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Value:
         """A tensor with fixed values."""
         tensor = super().get_attr(target, args, kwargs)
-        return Value(self.onnx_graph.constant(tensor), tuple(tensor.shape), tensor.dtype)
+        # NumPy, which writes the constants, does not know bfloat16.
+        stored = tensor.to(torch.float32) if tensor.dtype == torch.bfloat16 else tensor
+        value = Value(self.onnx_graph.constant(stored), tuple(tensor.shape), stored.dtype)
+        return self._cast(value, tensor.dtype)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operator."""
         if target is operator.getitem:
             return args[0][args[1]]
         options = {name: value for name, value in kwargs.items() if name not in _PLACEMENT}
-        dtypes = [each.dtype for each in pytree.tree_leaves((args, self._result)) if hasattr(each, "dtype")]
-        wider = next((_COMPUTED_IN[dtype] for dtype in dtypes if dtype in _COMPUTED_IN), None)
-        if wider is None or target in _MOVING:
+        self.onnx_graph.origin = _name(target)
+        elsewhere = (
+            {} if target in _MOVING else _COMPUTED_IN | (_SINGLE if target in IN_SINGLE_PRECISION else {})
+        )
+        given = pytree.tree_leaves((args, options, self._result))
+        if not elsewhere or not any(getattr(each, "dtype", None) in elsewhere for each in given):
             return self._emitted(target, args, options, self._result)
-        return self._in_wider(target, args, options)
+        return self._emitted_in(elsewhere, target, args, options)
 
     def _emitted(self, target: Any, args: Any, options: Any, result: Any) -> Any:
         """The results of an operator, which PyTorch returns as `result`."""
@@ -131,31 +141,34 @@ class _Emitter(fx.Interpreter):
             for name, each in zip(made, result, strict=False)
         ]
 
-    def _in_wider(self, target: Any, args: Any, options: Any) -> Any:
-        """Compute in the dtypes that ONNX Runtime computes in, and round to those asked for."""
+    def _emitted_in(
+        self, dtypes: Mapping[torch.dtype, torch.dtype], target: Any, args: Any, options: Any
+    ) -> Any:
+        """The results of an operator computed in other dtypes, rounded to those asked for."""
 
-        def widened(value: Any) -> Any:
-            if isinstance(value, Value) and value.dtype in _COMPUTED_IN:
-                dtype = _COMPUTED_IN[value.dtype]
-                return Value(self.onnx_graph.cast(value, dtype), value.shape, dtype)
-            if isinstance(value, Tensor) and value.dtype in _COMPUTED_IN:
-                return torch.empty(value.shape, dtype=_COMPUTED_IN[value.dtype], device="meta")
-            return _COMPUTED_IN.get(value, value) if isinstance(value, torch.dtype) else value
-
-        args, options, result = pytree.tree_map(widened, (args, options, self._result))
-        made = self._emitted(target, args, options, result)
-
-        def narrowed(value: Value, wanted: Tensor) -> Value:
-            if value.dtype == wanted.dtype:
+        def before(value: Any) -> Any:
+            if isinstance(value, torch.dtype):
+                return dtypes.get(value, value)
+            dtype = dtypes.get(value.dtype) if isinstance(value, Value | Tensor) else None
+            if dtype is None:
                 return value
-            return Value(self.onnx_graph.cast(value, wanted.dtype), value.shape, wanted.dtype)
+            if isinstance(value, Tensor):
+                return torch.empty(value.shape, dtype=dtype, device="meta")
+            return self._cast(value, dtype)
 
+        args, options, result = pytree.tree_map(before, (args, options, self._result))
+        made = self._emitted(target, args, options, result)
         if isinstance(made, Value):
-            return narrowed(made, self._result)
+            return self._cast(made, self._result.dtype)
         return [
-            None if value is None else narrowed(value, each)
+            None if value is None else self._cast(value, each.dtype)
             for value, each in zip(made, self._result, strict=False)
         ]
+
+    def _cast(self, value: Value, dtype: torch.dtype) -> Value:
+        if value.dtype == dtype:
+            return value
+        return Value(self.onnx_graph.cast(value, dtype), value.shape, dtype)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> list[Value]:
         """The graph's results."""
@@ -177,6 +190,8 @@ _COMPUTED_IN = {
     torch.uint8: torch.int32,
 }
 """Dtypes that ONNX Runtime has few operators for, and those that it has them for."""
+
+_SINGLE = {torch.float64: torch.float32}
 
 _MOVING = {aten._to_copy.default, aten.alias.default, aten.clone.default, aten.detach.default}
 """Operators that take any dtype."""

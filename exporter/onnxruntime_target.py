@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from frostline.exporter.executorch_lowering import UnsupportedOperators
 from frostline.exporter.layout import MODEL_ORDER, Layout
 from frostline.exporter.onnx_lowering import lower_to_onnx
 from frostline.exporter.rewrites.onnxruntime import rewrite_for_onnxruntime
@@ -41,8 +43,13 @@ class OnnxRuntimeTarget:
         self, program: TracedProgram, tensors: Mapping[str, Tensor], results: Sequence[str]
     ) -> LoweredProgram:
         """A program whose memory is measured, since ONNX Runtime finds its own when it runs."""
-        content = lower_to_onnx(program, program.arguments(tensors), results)
-        return LoweredProgram(content, program.inputs, _measured_arena(content), program.written)
+        arguments = program.arguments(tensors)
+        content = lower_to_onnx(program, arguments, results)
+        try:
+            arena = _measured_arena(content)
+        except RunError as error:
+            raise _at_fault(lower_to_onnx(program, arguments, results, traceable=True), error) from error
+        return LoweredProgram(content, program.inputs, arena, program.written)
 
     def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:
         """A float32 program with constant weights, which ONNX Runtime rearranges for the processor when it loads."""
@@ -72,6 +79,23 @@ class OnnxRuntimeTarget:
             return [torch.from_numpy(value) for value in outputs.values()]
 
         return run
+
+
+def _at_fault(traceable: bytes, error: RunError) -> Exception:
+    """What ONNX Runtime refuses, by the operator of the model where it names one."""
+    try:
+        _measured_arena(traceable)
+    except RunError as refusal:
+        named = re.search(r"(aten\.\w+)#\d+", str(refusal))
+        if named is not None:
+            return UnsupportedOperators([named[1]], f"ONNX Runtime cannot compute it so ({_reason(refusal)})")
+    return error
+
+
+def _reason(refusal: RunError) -> str:
+    """What it says, without what only it knows."""
+    said = str(refusal).rpartition("] : ")[2]
+    return re.sub(r"\s*[(']?aten\.\w+#\d+[)']?", "", re.sub(r"^\d+ : \w+ : ", "", said)).strip()
 
 
 def _measured_arena(content: bytes) -> int:

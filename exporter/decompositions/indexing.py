@@ -210,10 +210,10 @@ def as_strided(
     if found is None:
         return NotImplemented
     order, places = found
-    flat = x.permute(order).reshape(-1)
+    moved = x if order == sorted(order) else x.permute(order)
     if places is None:
-        return flat.reshape(list(size))
-    return flat.index_select(0, places).reshape(list(size))
+        return moved.reshape(list(size))
+    return moved.reshape(-1).index_select(0, places).reshape(list(size))
 
 
 def as_strided_scatter(

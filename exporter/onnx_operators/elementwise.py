@@ -501,3 +501,20 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.trunc.default: _truncate,
     aten.where.self: _where,
 }
+
+IN_SINGLE_PRECISION = {
+    aten.acos.default,
+    aten.acosh.default,
+    aten.asin.default,
+    aten.asinh.default,
+    aten.atan.default,
+    aten.atan2.default,
+    aten.atanh.default,
+    aten.cosh.default,
+    aten.erf.default,
+    aten.erfc.default,
+    aten.gelu.default,
+    aten.sinh.default,
+    aten.tan.default,
+}
+"""Operators of which ONNX Runtime has kernels for float32 alone."""

@@ -48,15 +48,19 @@ class OnnxGraph:
 
     Attributes
     ----------
+    origin : str
+        The operator whose nodes are being added.
     places_in_whole : dict
         For the places of maxima, counted through each image, the same places counted through the whole tensor.
     """
 
     def __init__(self) -> None:
+        self.origin = ""
         self.places_in_whole: dict[Name, Name] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[TensorProto] = []
         self._names: dict[tuple[Any, ...], Name] = {}
+        self._origins: list[str] = []
         self._count = 0
         self._made: set[Name] = set()
         self._outputs: dict[Name, Name] = {}
@@ -73,6 +77,7 @@ class OnnxGraph:
         inputs = [each.name if isinstance(each, Value) else each or "" for each in operands]
         outputs = [self._name() for _ in range(results)]
         self.nodes.append(helper.make_node(operator, inputs, outputs, **attributes))
+        self._origins.append(self.origin)
         self._made.update(outputs)
         return outputs
 
@@ -113,6 +118,11 @@ class OnnxGraph:
             # An input, a constant, or an output already.
             self.nodes.append(helper.make_node("Identity", [value.name], [name]))
             self._returned.append(name)
+
+    def name_nodes(self) -> None:
+        """Name the nodes, so that what ONNX Runtime says about one tells the operator."""
+        for index, (node, origin) in enumerate(zip(self.nodes, self._origins, strict=False)):
+            node.name = f"{origin}#{index}"
 
     def finished(self) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
         """The nodes, with the outputs' names, and the constants: those that an output depends on."""

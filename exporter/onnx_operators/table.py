@@ -26,3 +26,11 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
 
 It returns the names of its results, or NotImplemented where ONNX cannot say it.
 """
+
+IN_SINGLE_PRECISION = {
+    *convolution.OPERATORS,
+    *elementwise.IN_SINGLE_PRECISION,
+    *pooling.OPERATORS,
+    *resampling.OPERATORS,
+}
+"""Operators that ONNX Runtime computes in float32 alone."""

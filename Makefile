@@ -3,6 +3,7 @@
 # make test    install, then lint, type-check and run every test
 # make onnxruntime-training    the engine of that name, in a folder of its own
 # make aarch64    train on arm64 under emulation; needs qemu-user-static and debootstrap
+# make zoo     compile what people bring, on both engines, and write docs/models.md; takes most of an hour
 # make bench   every benchmark, as tables
 # make lint    format check, lint, types, layers
 
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS := 1
 # 1.19.2 is the last release; it has wheels for x86-64 and Python up to 3.11.
 ORT_TRAINING := build/onnxruntime-training
 
-.PHONY: venv demo test bench lint clean onnxruntime-training aarch64
+.PHONY: venv demo test zoo bench lint clean onnxruntime-training aarch64
 
 venv: $(VENV)/.installed
 
@@ -40,13 +41,16 @@ demo: venv
 	$(BIN)/frostline emulate --config examples/quickstart.toml
 
 # Tests that compute and nothing else, so two files at a time; the others run servers and brokers against the clock.
-PARALLEL := tests/exporter tests/emulator tests/device_runtime/test_engines.py \
+PARALLEL := tests/exporter tests/zoo tests/emulator tests/device_runtime/test_engines.py \
 	$(addprefix tests/server/test_,schedule.py width_scaling.py) \
 	$(addprefix tests/end_to_end/test_,bad_input.py export.py simulate.py)
 
 test: lint onnxruntime-training
 	$(BIN)/pytest -n 2 --dist loadfile $(PARALLEL)
 	$(BIN)/pytest $(addprefix --ignore=,$(PARALLEL))
+
+zoo: venv
+	$(BIN)/python -m tests.zoo.run --table docs/models.md --json build/zoo.json
 
 bench: venv
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

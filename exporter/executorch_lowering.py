@@ -139,7 +139,8 @@ def lower_delegated(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredPr
         from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
 
-        edge = to_edge_transform_and_lower(_exported(module, arguments), partitioner=[XnnpackPartitioner()])
+        exported = _exported(_Wrapped(module), arguments)
+        edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
         planning = MemoryPlanningPass(alloc_graph_input=False)
         return _serialized(edge, ExecutorchBackendConfig(memory_planning_pass=planning))
 
@@ -166,6 +167,17 @@ def run_program(module: Any, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         explanation = reason[1] if reason else "it refuses its arguments"
         raise UnsupportedOperators([operator[1]], f"ExecuTorch says: {explanation}") from None
     return outputs
+
+
+class _Wrapped(nn.Module):
+    """A module whose tensors' names begin with a letter: XNNPACK's passes lose track of those of an nn.Sequential."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return self.module(*arguments)
 
 
 def _exported(module: nn.Module, arguments: Sequence[Tensor]) -> ExportedProgram:

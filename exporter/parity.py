@@ -55,6 +55,8 @@ wrong kernel or a wrong rewrite by about 1.
 """
 ROUNDING = 10.0
 """How much more than eager float32 a program may be off: it adds up in another order."""
+ALL_ROUNDING = 100.0
+"""The same for tensors that eager float32 is off by more than they move at all: they say nothing about a program."""
 LAST_BITS = 3e-7
 """Size of the noise, relative to the input, that shows how a model amplifies rounding."""
 VALUE_TOLERANCE = 1e-6
@@ -170,7 +172,8 @@ def _errors(
         rounding = max(float((each.tensors[name].double() - exact).norm()) for each in near)
         allowed = max(
             TENSOR_TOLERANCE * moved,
-            ROUNDING * rounding,
+            # What moves by less than rounding, as a mean that is zero by construction, is all rounding.
+            (ROUNDING if moved > rounding else ALL_ROUNDING) * rounding,
             # A tensor whose gradient vanishes (a bias before a norm) or is clipped moves by little more than rounding.
             VALUE_TOLERANCE * float(exact.norm()),
             TENSOR_TOLERANCE * VALUE_TOLERANCE,

@@ -6,7 +6,7 @@ written in place, or through views, is made a new value first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 aten = torch.ops.aten
 
 
-def functional(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
+PASSES = 3
+"""Parts may be taken apart, or write in place, themselves."""
+
+Decompositions = Mapping[Any, Callable[..., Any]]
+
+
+def functional(
+    graph: fx.GraphModule, arguments: Sequence[Tensor], decompositions: Decompositions
+) -> fx.GraphModule:
     """The same graph without in-place operators, but for writing arguments back at its end.
 
     Parameters
@@ -26,12 +34,23 @@ def functional(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphMo
         A flat graph of ATen operators, as `make_fx` traces it; it may be changed.
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
+    decompositions : mapping
+        Of operators that are taken apart on the way.
     """
     _name_what_is_written(graph)
-    if not any(_changes(node) for node in graph.graph.nodes):
-        return graph
+    for _ in range(PASSES):
+        if not any(_changes(node) or node.target in decompositions for node in graph.graph.nodes):
+            break
+        graph = _traced(graph, arguments, decompositions)
+    return graph
+
+
+def _traced(
+    graph: fx.GraphModule, arguments: Sequence[Tensor], decompositions: Decompositions
+) -> fx.GraphModule:
     run = torch.func.functionalize(_Interpreter(graph).run)
-    traced: fx.GraphModule = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    trace = make_fx(run, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
+    traced: fx.GraphModule = trace(*arguments)
     traced.graph.eliminate_dead_code()
     return traced
 
@@ -54,4 +73,7 @@ def _name_what_is_written(graph: fx.GraphModule) -> None:
 
 
 def _changes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    """Whether it changes a value in place that is no argument."""
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return False
+    return node.target is not aten.copy_.default or node.all_input_nodes[0].op != "placeholder"

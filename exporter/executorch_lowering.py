@@ -79,15 +79,16 @@ def lower_portable(
     missing = missing_kernels(graph.graph)
     if missing:
         raise UnsupportedOperators(missing, NO_KERNEL)
-    with quiet(), _without_collection():
+    with quiet(), without_collection():
         from executorch.exir import ExecutorchBackendConfig
         from executorch.exir.passes import MemoryPlanningPass
         from executorch.exir.program import ExecutorchProgramManager
 
+        from frostline.exporter.arena import plan_arena
         from frostline.exporter.executorch_dialect import execution_graph, exported, place_views
 
         executed = execution_graph(graph, dict(enumerate(writes)))
-        MemoryPlanningPass(alloc_graph_input=False).run(executed)
+        MemoryPlanningPass(plan_arena, alloc_graph_input=False).run(executed)
         place_views(executed.graph)
         program = ExecutorchProgramManager({"forward": exported(executed)}, None, ExecutorchBackendConfig())
         plan = program.executorch_program.execution_plan[0]
@@ -134,7 +135,7 @@ def _traced(module: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.GraphMod
 
 def lower_delegated(module: nn.Module, arguments: Sequence[Tensor]) -> LoweredProgram:
     """Lower a forward-only module with constant weights, delegated to XNNPACK where it can be."""
-    with quiet(), _without_collection():
+    with quiet(), without_collection():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
@@ -210,7 +211,7 @@ def kernel_names() -> set[str]:
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Put off garbage collection: the lowering allocates so many small objects that it takes a third of the time."""
     enabled = gc.isenabled()
     gc.disable()

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.dropout import SeededDropout
+from frostline.exporter.executorch_lowering import without_collection
 from frostline.exporter.layout import MODEL_ORDER, Layout
 from frostline.exporter.optimizer import Optimizer
 from frostline.exporter.recomputation import RecomputingForward
@@ -294,12 +295,13 @@ def _trace(
         return [*new.values(), *results]
 
     traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)
-    with _without_onednn():
-        graph: fx.GraphModule = traced(*inputs.values())
-    graph.graph.eliminate_dead_code()
-    update_early(graph.graph, written)
-    used = _drop_unused(graph, inputs, written)
-    return TracedProgram(rewrite(graph, [inputs[name] for name in used]), used, written)
+    with without_collection():
+        with _without_onednn():
+            graph: fx.GraphModule = traced(*inputs.values())
+        graph.graph.eliminate_dead_code()
+        update_early(graph.graph, written)
+        used = _drop_unused(graph, inputs, written)
+        return TracedProgram(rewrite(graph, [inputs[name] for name in used]), used, written)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.executorch_lowering import kernel_names
 
@@ -38,15 +36,3 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         and not {operator._schema.name, f"{operator._schema.name}_copy"} & known
     }
     return {**without_kernel, **core_aten_decompositions()}
-
-
-def decomposed(graph: fx.GraphModule, arguments: Sequence[Tensor], kept: Container[Any]) -> fx.GraphModule:
-    """The same functional graph with these operators taken apart, but for those `kept`."""
-    table = {operator: function for operator, function in decompositions().items() if operator not in kept}
-    if not any(node.target in table for node in graph.graph.nodes):
-        return graph
-    run = fx.Interpreter(graph).run
-    taken_apart: fx.GraphModule = make_fx(run, table, tracing_mode="fake", _allow_non_fake_inputs=True)(
-        *arguments
-    )
-    return taken_apart

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from frostline.exporter.rewrites.decompositions import decomposed, decompositions
+from frostline.exporter.rewrites.decompositions import decompositions
 from frostline.exporter.rewrites.functional import functional
 from frostline.exporter.rewrites.interpreter import REWRITES, RewritingInterpreter
 from frostline.exporter.rewrites.strides import STRIDED
@@ -26,9 +26,9 @@ def rewrite_for_executorch(graph: fx.GraphModule, arguments: Sequence[Tensor]) -
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
     """
-    parts = decomposed(functional(graph, arguments), arguments, kept={*REWRITES, *STRIDED})
-    # Some decompositions write in place.
-    run = RewritingInterpreter(functional(parts, arguments)).run
+    # What is taken apart first is rewritten in its parts.
+    others = {each: f for each, f in decompositions().items() if each not in REWRITES and each not in STRIDED}
+    run = RewritingInterpreter(functional(graph, arguments, others)).run
     traced = make_fx(run, decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)
     rewritten: fx.GraphModule = traced(*arguments)
     _join_linear(rewritten.graph)

@@ -22,6 +22,10 @@ Decompositions = Mapping[Any, Callable[..., Any]]
 """For operators that are taken apart, functions of their arguments."""
 
 
+PASSES = 3
+"""Parts of what is taken apart may be taken apart, or write in place, themselves."""
+
+
 class LiftingInterpreter(fx.Interpreter):
     """Constants are values like any other: a copy of one may be written, as batch norm's counter is."""
 
@@ -34,8 +38,8 @@ class LiftingInterpreter(fx.Interpreter):
 def functional(
     graph: fx.GraphModule,
     arguments: Sequence[Tensor],
-    decompositions: Decompositions | None = None,
-    interpreter: type[LiftingInterpreter] = LiftingInterpreter,
+    decompositions: Decompositions,
+    interpreter: type[LiftingInterpreter] | None = None,
 ) -> fx.GraphModule:
     """The same graph without operators that write.
 
@@ -45,18 +49,20 @@ def functional(
         A flat graph of ATen operators; it may be changed.
     arguments : sequence of Tensor
         Its inputs; only their shapes and dtypes matter.
-    decompositions : mapping, optional
+    decompositions : mapping
         Of operators that are taken apart on the way.
     interpreter : type, optional
         Rewrites operators on the way.
     """
     _name_what_is_written(graph)
-    if writes(graph) if decompositions is None else _writes_what_is_viewed(graph):
-        graph = _retraced(graph, arguments, None, LiftingInterpreter)
-    if decompositions is not None:
+    if _writes_what_is_viewed(graph):
+        graph = _retraced(graph, arguments, {}, LiftingInterpreter)
+    if interpreter is not None:
         graph = _retraced(graph, arguments, decompositions, interpreter)
-    # A decomposition may write in turn.
-    while writes(graph):
+    for _ in range(PASSES):
+        taken_apart = interpreter is None and any(node.target in decompositions for node in graph.graph.nodes)
+        if not taken_apart and not writes(graph):
+            break
         graph = _retraced(graph, arguments, decompositions, LiftingInterpreter)
     return graph
 
@@ -69,13 +75,13 @@ def writes(graph: fx.GraphModule) -> bool:
 def _retraced(
     graph: fx.GraphModule,
     arguments: Sequence[Tensor],
-    decompositions: Decompositions | None,
+    decompositions: Decompositions,
     interpreter: type[LiftingInterpreter],
 ) -> fx.GraphModule:
     run = interpreter(graph).run
     traced = make_fx(
         torch.func.functionalize(run) if writes(graph) else run,
-        decomposition_table=None if decompositions is None else dict(decompositions),
+        decomposition_table=dict(decompositions),
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )

@@ -16,6 +16,13 @@ def shrink_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
     return grad * (torch.abs(x) > threshold).to(grad.dtype)
 
 
+def prelu_backward(grad: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a leaky ReLU and of its slopes."""
+    negative = (x < 0).to(grad.dtype)
+    below = grad * negative
+    return grad + below * (slope - 1), below * x
+
+
 def rrelu(
     x: Tensor,
     noise: Tensor,
@@ -55,6 +62,7 @@ def ndtri(x: Tensor) -> Tensor:
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten._prelu_kernel_backward.default: prelu_backward,
     aten._trilinear.default: trilinear,
     aten.hardshrink_backward.default: shrink_backward,
     aten.rrelu_with_noise_functional.default: rrelu,

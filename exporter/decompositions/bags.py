@@ -57,11 +57,16 @@ def _divisors(sizes: Tensor, like: Tensor) -> Tensor:
 
 def _largest(found: Tensor, bag: Tensor, counted: Tensor, bags: int) -> tuple[Tensor, Tensor]:
     """The largest values of each bag, zeros in empty ones, and the first places that hold them."""
-    last = len(found)
-    belongs = (bag == torch.arange(bags)[:, None]) & counted
-    values = torch.where(belongs[:, :, None], found, -math.inf)
-    largest, places = values.max(1)
-    return torch.where(largest == -math.inf, 0.0, largest), torch.clamp(places, 0, last - 1)
+    count, width = found.shape
+    into = bag[:, None].expand(count, width)
+    seen = torch.where(counted[:, None], found, -math.inf)
+    lowest = torch.full([bags, width], -math.inf, dtype=found.dtype)
+    largest = aten.scatter_reduce(lowest, 0, into, seen, "amax")
+    holds = seen == largest.index_select(0, bag)
+    places = torch.where(holds, torch.arange(count)[:, None], count - 1)
+    last = torch.full([bags, width], count - 1, dtype=torch.int64)
+    first = aten.scatter_reduce(last, 0, into, places, "amin")
+    return torch.where(largest == -math.inf, 0.0, largest), first
 
 
 def embedding_bag_backward(

@@ -370,6 +370,10 @@ def _leaky_relu(graph: OnnxGraph, result: Tensor, x: Value, slope: float = 0.01)
     return graph.add("LeakyRelu", x, alpha=float(slope))
 
 
+def _leaky_relu_of_slopes(graph: OnnxGraph, result: Tensor, x: Value, slope: Value) -> Name:
+    return graph.add("PRelu", x, slope)
+
+
 def _hard_sigmoid(graph: OnnxGraph, result: Tensor, x: Value) -> Name:
     return graph.add("HardSigmoid", x, alpha=1 / 6, beta=0.5)
 
@@ -387,6 +391,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.__lshift__.Tensor: _shifted(left=True),
     aten.__rshift__.Scalar: _shifted(left=False),
     aten.__rshift__.Tensor: _shifted(left=False),
+    aten._prelu_kernel.default: _leaky_relu_of_slopes,
     aten._to_copy.default: _to_dtype,
     aten.abs.default: _unary("Abs"),
     aten.acos.default: _unary("Acos"),

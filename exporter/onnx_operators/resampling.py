@@ -175,6 +175,20 @@ def _keys(distance: float, a: float = -0.75) -> float:
     return 0.0
 
 
+def _sampled(
+    graph: OnnxGraph,
+    result: Tensor,
+    x: Value,
+    grid: Value,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+) -> Name:
+    """Images read at places that are given as numbers from -1 to 1."""
+    mode, rim = ("bilinear", "nearest", "bicubic")[interpolation], ("zeros", "border", "reflection")[padding]
+    return graph.add("GridSample", x, grid, mode=mode, padding_mode=rim, align_corners=int(align_corners))
+
+
 OPERATORS: dict[Any, Callable[..., Any]] = {
     aten._upsample_bicubic2d_aa.default: _aligning(_antialiased(_sharper, 2), backward=False),
     aten._upsample_bicubic2d_aa_backward.default: _aligning(_antialiased(_sharper, 2), backward=True),
@@ -186,6 +200,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten._upsample_nearest_exact2d_backward.default: _enlarged_backward(_nearest_exact),
     aten._upsample_nearest_exact3d.default: _enlarged(_nearest_exact),
     aten._upsample_nearest_exact3d_backward.default: _enlarged_backward(_nearest_exact),
+    aten.grid_sampler_2d.default: _sampled,
     aten.upsample_bicubic2d.default: _aligning(_cubic, backward=False),
     aten.upsample_bicubic2d_backward.default: _aligning(_cubic, backward=True),
     aten.upsample_bilinear2d.default: _aligning(linear, backward=False),

@@ -9,14 +9,19 @@ in, so that no step has to turn them. Large kernels are held as (*kernel, O, C),
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 # The common base of Conv1d, Conv2d and Conv3d is public in all but name.
 from torch.nn.modules.conv import _ConvNd
+
+from frostline.exporter.capture import name_of
+from frostline.exporter.part import Part
 
 TILED_BYTES = 2**20
 """Kernels of this size are held in tiles: below it, more arguments cost more than smaller values save."""
@@ -43,13 +48,13 @@ class Layout:
     @classmethod
     def channels_last(cls, model: nn.Module) -> Layout:
         """The layout that ExecuTorch's programs want, large kernels in tiles."""
-        convolutions = {
-            f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, _ConvNd)
-        }
-        in_tiles = frozenset(name for name, module in convolutions.items() if _is_tiled(module))
+        kernels = dict(_kernels(model))
+        in_tiles = frozenset(name for name, kernel in kernels.items() if _is_tiled(kernel))
         axes = {
-            name: (*range(2, m.weight.dim()), 0, 1) if name in in_tiles else (0, *range(2, m.weight.dim()), 1)
-            for name, m in convolutions.items()
+            name: (*range(2, each.weight.dim()), 0, 1)
+            if name in in_tiles
+            else (0, *range(2, each.weight.dim()), 1)
+            for name, each in kernels.items()
         }
         return cls(axes, in_tiles)
 
@@ -78,13 +83,42 @@ MODEL_ORDER = Layout({})
 """Every tensor as the model has it."""
 
 
-def _is_tiled(module: _ConvNd) -> bool:
-    weight = module.weight
-    _, channels, *kernel = weight.shape
+@dataclass(frozen=True)
+class _Kernel:
+    """The weight of a convolution, as the model has it."""
+
+    weight: Tensor
+    transposed: bool
+    groups: int
+
+
+def _kernels(model: nn.Module) -> Iterator[tuple[str, _Kernel]]:
+    """The kernels of a stage's model by name: those of its layers, and what its parts convolve with."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, _ConvNd):
+            yield f"{prefix}weight", _Kernel(module.weight, module.transposed, module.groups)
+        elif isinstance(module, Part):
+            for name, node in module.convolved_tensors():
+                transposed = name_of(node).startswith("conv_transpose")
+                groups = _argument(node, "groups", 1)
+                yield prefix + name, _Kernel(module.get_parameter(name), transposed, groups)
+
+
+def _argument(node: fx.Node, name: str, default: Any) -> Any:
+    """An argument of an operator, given by position or by name."""
+    assert isinstance(node.target, OpOverload)
+    place = [each.name for each in node.target._schema.arguments].index(name)
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
+def _is_tiled(kernel: _Kernel) -> bool:
+    weight = kernel.weight
+    _, channels, *size = weight.shape
     return (
-        not module.transposed
-        and module.groups == 1
-        and math.prod(kernel) > 1
+        not kernel.transposed
+        and kernel.groups == 1
+        and math.prod(size) > 1
         and channels >= TILED_CHANNELS
         and weight.numel() * weight.element_size() >= TILED_BYTES
     )

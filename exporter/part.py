@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self
@@ -305,6 +305,17 @@ class Part(nn.Module):
             run = made.run.forward if visit is None else _Visiting(made.run, visit).run
             result: Tensor = run(*arguments)
         return result
+
+    def convolved_tensors(self) -> Iterator[tuple[str, fx.Node]]:
+        """The parameters that inputs are convolved with as they are, and the convolution of each."""
+        made = self.span.graph(training=True)
+        _, *taken = made.run.graph.find_nodes(op="placeholder")
+        names = dict(zip(taken, made.names, strict=False))
+        for node in made.run.graph.nodes:
+            if name_of(node).startswith("conv") and node.op == "call_function" and node.args[1] in names:
+                name = names[node.args[1]]
+                if isinstance(operator.attrgetter(name)(self), nn.Parameter):
+                    yield name, node
 
     def graph_for(self, x: Tensor) -> PartGraph:
         """The operators that a batch runs through."""

@@ -175,7 +175,9 @@ def test_the_block_tells_which_axis_holds_its_features(
     module(torch.zeros(2, *shape))
     parts = cut(module.train(), ["0", "1"], torch.zeros(2, *shape))
     output_module = build_output_module(parts, 0, seed=0)
-    assert type(output_module.get_submodule("stand_in_1")) is kind
+    stand_in_1 = output_module.get_submodule("stand_in_1")
+    # Blocks of few parameters get a separable one.
+    assert type(stand_in_1[0] if isinstance(stand_in_1, nn.Sequential) else stand_in_1) is kind
     assert output_module(torch.zeros(5, *shape)).shape == (5, 3)
     assert all(each.training for each in parts.blocks[1].module.modules())
 
@@ -252,7 +254,7 @@ def test_stand_ins_grow_lighter_as_blocks_do() -> None:
     assert type(stand_in_of(nn.Conv2d(8, 8, 3, padding=1))) is nn.Conv2d
     separable = stand_in_of(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)))
     assert [type(each) for each in separable] == [nn.Conv2d, nn.Conv2d]  # type: ignore[attr-defined]
-    low_rank = stand_in_of(nn.Conv2d(8, 8, 3, padding=1, groups=4))
+    low_rank = stand_in_of(nn.Conv2d(8, 8, 3, padding=1, groups=8))
     assert isinstance(low_rank[1], nn.Sequential)  # type: ignore[index]
 
 

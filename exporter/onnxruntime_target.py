@@ -88,14 +88,14 @@ def _at_fault(traceable: bytes, error: RunError) -> Exception:
     except RunError as refusal:
         named = re.search(r"(aten\.\w+)#\d+", str(refusal))
         if named is not None:
-            return UnsupportedOperators([named[1]], f"ONNX Runtime cannot compute it so ({_reason(refusal)})")
+            return UnsupportedOperators([named[1]], f"ONNX Runtime says: {_reason(refusal)}")
     return error
 
 
 def _reason(refusal: RunError) -> str:
-    """What it says, without what only it knows."""
-    said = str(refusal).rpartition("] : ")[2]
-    return re.sub(r"\s*[(']?aten\.\w+#\d+[)']?", "", re.sub(r"^\d+ : \w+ : ", "", said)).strip()
+    """What it says, without codes and names that only it knows."""
+    said = re.sub(r".*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(refusal))
+    return re.sub(r"\s*(in )?node( with name)?\s*\W?aten\.\w+#\d+\W?", "", said).strip()
 
 
 def _measured_arena(content: bytes) -> int:

@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.executorch_lowering import UnsupportedOperators
+from frostline.exporter.onnxruntime_target import ONNXRUNTIME
+from frostline.exporter.rewrites.onnxruntime import rewrite_for_onnxruntime
+from frostline.exporter.training_step import TracedProgram
 from tests.exporter.onnx_programs import Function, check, draw, in_onnx
 
 aten = torch.ops.aten
@@ -209,3 +213,14 @@ def test_statistics_of_batch_norm_are_new_values() -> None:
 def test_what_onnx_cannot_say_is_named() -> None:
     with pytest.raises(UnsupportedOperators, match=r"aten\.lgamma: ONNX has no operator for it"):
         in_onnx(lambda x: torch.lgamma(x), draw(3))
+
+
+def test_what_onnx_runtime_has_no_kernel_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names nodes, which are not the model's."""
+    monkeypatch.setattr("frostline.exporter.onnx_lowering.IN_SINGLE_PRECISION", set())
+    x = draw(3)
+    graph = make_fx(lambda x: [torch.erf(x.double()).float()], tracing_mode="fake")(x)
+    program = TracedProgram(rewrite_for_onnxruntime(graph, [x]), ["x"], [])
+    with pytest.raises(UnsupportedOperators) as raised:
+        ONNXRUNTIME.lower(program, {"x": x}, ["y"])
+    assert str(raised.value) == "aten.erf: ONNX Runtime says: Could not find an implementation for Erf(13)"

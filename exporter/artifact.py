@@ -135,9 +135,10 @@ def checked(
     """Run a stage's artifact as a device does, and compare it with eager PyTorch."""
     values = {**trainable_tensors(stage), **statistics_tensors(stage)}
     with device_session(manifest, files, values) as session:
+        parity = check_parity(stage, options, variant.micro_batches, partial(train_on_device, session))
+        session.load(arrays(values))
         check_evaluation(stage, options, variant.micro_batches, session)
-        train = partial(train_on_device, session)
-        return check_parity(stage, options, variant.micro_batches, train)
+    return parity
 
 
 @contextlib.contextmanager

@@ -168,17 +168,14 @@ def _errors(
         if want.gradient_norms.get(name, unmoved) < unmoved:
             continue
         exact = want.tensors[name]
-        moved = max(float((exact - before[name]).norm()), 1e-12)
+        moved = float((exact - before[name]).norm())
         rounding = max(float((each.tensors[name].double() - exact).norm()) for each in near)
-        allowed = max(
-            TENSOR_TOLERANCE * moved,
-            # What moves by less than rounding, as a mean that is zero by construction, is all rounding.
-            (ROUNDING if moved > rounding else ALL_ROUNDING) * rounding,
-            # A tensor whose gradient vanishes (a bias before a norm) or is clipped moves by little more than rounding.
-            VALUE_TOLERANCE * float(exact.norm()),
-            TENSOR_TOLERANCE * VALUE_TOLERANCE,
-        )
-        errors[name] = _Error(float((value.double() - exact).norm()) / moved, allowed / moved)
+        # A tensor whose gradient vanishes (a bias before a norm) or is clipped moves by little more than rounding.
+        scale = max(moved, VALUE_TOLERANCE / TENSOR_TOLERANCE * float(exact.norm()), VALUE_TOLERANCE)
+        # One that is zero by construction, as the mean of what another norm made, moves by rounding alone.
+        share = ROUNDING if moved > rounding else ALL_ROUNDING
+        limit = max(TENSOR_TOLERANCE, share * rounding / scale)
+        errors[name] = _Error(float((value.double() - exact).norm()) / scale, limit)
     return errors
 
 

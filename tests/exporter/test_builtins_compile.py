@@ -84,6 +84,8 @@ def test_the_frozen_prefix_takes_token_ids() -> None:
     (x,) = program.inputs
     assert (x.dtype, x.shape, x.vocabulary) == ("int64", (BATCH, 6), spec.vocabulary)
     ids = random_inputs(BATCH, (6,), spec.vocabulary, torch.Generator().manual_seed(0))
-    (features,) = ExecuTorchProgram(content, "prefix").run([ids])
+    # Its results lie in its memory.
+    loaded = ExecuTorchProgram(content, "prefix")
+    (features,) = loaded.run([ids])
     with torch.no_grad():
         torch.testing.assert_close(features, stage.model.block(ids), rtol=1e-4, atol=1e-4)

@@ -324,9 +324,9 @@ def test_a_linear_layer_needs_no_block_that_can_be_imitated() -> None:
     module = nn.Sequential(
         nn.Conv2d(1, 2, 1), nn.ConvTranspose2d(2, 2, 2, 2), nn.Flatten(), nn.Linear(128, 3)
     )
-    parts = cut(module.double(), ["0", "1"], torch.zeros(2, 1, 4, 4).double())
+    parts = cut(module, ["0", "1"], torch.zeros(2, 1, 4, 4))
     output_module = build_output_module(parts, 0, seed=0, kind="linear")
-    assert output_module(torch.zeros(5, 2, 4, 4).double()).shape == (5, 3)
+    assert output_module(torch.zeros(5, 2, 4, 4)).shape == (5, 3)
 
 
 @pytest.mark.parametrize(

@@ -191,10 +191,15 @@ def automatic_ends(layout: Layout, count: int) -> list[int]:
 
     The last block ends with the last features before what the model makes of all of them.
     """
+    found = []
     for values in range(1, MOST_VALUES + 1):
         ends = _candidates(layout, values)
-        if ends and _most_blocks(layout, ends) >= count:
-            return _of_one_depth(layout, ends, count)
+        if _most_blocks(layout, ends) >= count:
+            found.append(_of_one_depth(layout, ends, count))
+    if found:
+        # Fewer values are better, unless nearly all of the model lies between the places that they cross.
+        limit = UNEVEN * min(_dearest(layout, ends) for ends in found)
+        return next(ends for ends in found if _dearest(layout, ends) <= limit)
     best = max(
         (_candidates(layout, values) for values in range(1, MOST_VALUES + 1)),
         key=lambda e: _most_blocks(layout, e),
@@ -302,9 +307,10 @@ def _only_normalises(layout: Layout, first: int, last: int) -> bool:
 
 
 def _only_rearranges(step: Step) -> bool:
-    """Whether a step only changes how many axes there are."""
+    """Whether a step only hands on what it is given, or in another number of axes: it belongs to what reads it."""
     before = [shape_of(each) for each in step.node.all_input_nodes if is_tensor(each)]
-    return not step.tensors and any(len(shape) != len(shape_of(step.node)) for shape in before)
+    changes = any(len(shape) != len(shape_of(step.node)) for shape in before)
+    return not step.tensors and (changes or is_view(step.node))
 
 
 def _splits_operator(layout: Layout, end: int) -> bool:

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import (
 from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.inputs import zero_inputs
 from frostline.exporter.modes import mode
+from frostline.exporter.part import prepare_parts
 from frostline.exporter.recomputation import RecomputingForward
 from frostline.exporter.stage import Stage
 
@@ -39,6 +40,10 @@ def step_flops(stage: Stage, batch: int, *, recompute: bool = False) -> int:
     tensors = {**dict(stage.model.named_parameters()), **dict(stage.model.named_buffers())}
     # It runs the block for an example of its features, so it stands outside of the count.
     recomputing = RecomputingForward(stage) if recompute else None
+    if recomputing:
+        recomputing.prepare(batch)
+    with mode(stage.model, training=True):
+        prepare_parts(stage.model, batch)
     with mode(stage.model, training=True), _counting() as (counter, fake):
         values = {name: fake(tensor.detach()) for name, tensor in tensors.items()}
         for name in stage.trained:

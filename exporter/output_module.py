@@ -277,8 +277,11 @@ def _linear_output(cut: CutModel, stage: int, seed: int) -> LinearOutput:
 def stand_in(cut: CutModel, index: int, seed: int) -> nn.Module:
     """What imitates a block after the first."""
     block = cut.blocks[index]
-    last = _features_last(cut.blocks[index - 1]), _features_last(block)
     largest = block.inputs[_largest(block.inputs)]
+    own = _features_last(block)
+    # A block that keeps the number of axes keeps the features where it has them.
+    same = len(largest.shape) == len(block.outputs[_largest(block.outputs)].shape)
+    last = own if same else _features_last(cut.blocks[index - 1]), own
     generator = torch.Generator().manual_seed(seed)
     new = [place for place, each in enumerate(block.outputs) if each not in block.inputs]
     layers: dict[int, nn.Module] = {}

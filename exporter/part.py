@@ -306,6 +306,10 @@ class Part(nn.Module):
             result: Tensor = run(*arguments)
         return result
 
+    def prepare(self, batch: int) -> None:
+        """Capture what batches of a size run through in the present mode: it cannot be done while a program is traced."""
+        self.span.graph(training=self.training, batch=batch)
+
     def convolved_tensors(self) -> Iterator[tuple[str, fx.Node]]:
         """The parameters that inputs are convolved with as they are, and the convolution of each."""
         made = self.span.graph(training=True)
@@ -332,6 +336,13 @@ def joined(parts: Sequence[Part]) -> Part:
     tensors = {name: each for part in parts for name, each in tensors_of(part).items()}
     saved = [name for part in parts for name in part.state_dict()]
     return Part(span, tensors, saved).train(parts[0].training)
+
+
+def prepare_parts(model: nn.Module, batch: int) -> None:
+    """Have every part of a model ready for batches of a size, in the mode that the model is in."""
+    for module in model.modules():
+        if isinstance(module, Part):
+            module.prepare(batch)
 
 
 VISITOR: ContextVar[Callable[[fx.Node], None] | None] = ContextVar("visitor", default=None)

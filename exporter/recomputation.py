@@ -33,6 +33,11 @@ class RecomputingForward:
         self._segments = [_part(span, stage) for span in _spans(stage)]
         self._written = {name.removeprefix(BLOCK) for name in stage.written}
 
+    def prepare(self, batch: int) -> None:
+        """Have every segment ready for batches of a size."""
+        for part in self._segments:
+            part.prepare(batch)
+
     def __call__(self, tensors: Mapping[str, Tensor], x: Tensor, dropout: SeededDropout) -> Tensor:
         """Features (N, *input_shape) to logits (N, classes), with `tensors` in place of the model's own."""
         given = _of(tensors, BLOCK)

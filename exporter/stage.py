@@ -13,6 +13,8 @@ from frostline.exporter.inputs import random_inputs
 from frostline.exporter.output_module import OutputModule, OutputModuleKind, build_output_module
 from frostline.exporter.part import joined, tensors_of
 from frostline.exporter.semantics import observe_step
+from frostline.exporter.support import explain
+from frostline.protocol.errors import RunError
 
 OBSERVED_BATCH = 2
 """Samples in the step that shows what a stage trains."""
@@ -68,7 +70,13 @@ class Stage:
     def __post_init__(self) -> None:
         x = random_inputs(OBSERVED_BATCH, self.input_shape, self.vocabulary, torch.Generator().manual_seed(0))
         dtype = next((each.dtype for each in self.model.parameters()), torch.float32)
-        seen = observe_step(self.model, x.to(dtype) if x.is_floating_point() else x)
+        x = x.to(dtype) if x.is_floating_point() else x
+        try:
+            seen = observe_step(self.model, x)
+        except Exception as error:  # it runs the model, which may raise anything
+            raise RunError(
+                f"stage {self.name!r} cannot be compiled: {explain(error, self.model, x)}"
+            ) from error
         object.__setattr__(self, "trained", frozenset(seen.gradients))
         object.__setattr__(self, "written", frozenset(seen.written))
 

@@ -18,6 +18,7 @@ from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.executorch_lowering import without_collection
 from frostline.exporter.layout import MODEL_ORDER, Layout
 from frostline.exporter.optimizer import Optimizer
+from frostline.exporter.part import prepare_parts
 from frostline.exporter.recomputation import RecomputingForward
 from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
 from frostline.exporter.tiles import kernel, pick, tile_name, tiles_of
@@ -123,7 +124,7 @@ def trace_training_step(
     dropout keeps depends on `seed`, a scalar float32 of a whole number below 2**24; a graph without dropout does not take
     it. The shapes of `x` and `y` are fixed in the graph, and `rewrite` is applied to it.
     """
-    forward = _forward(stage, variant)
+    forward = _forward(stage, variant, len(x))
     names = _in_tiles(state.layout, state.parameters)
 
     def step(tensors: Mapping[str, Tensor]) -> Results:
@@ -169,7 +170,7 @@ def trace_accumulation(
     micro-batch of a step and 0 for the others. `x` and `y` hold the micro-batch, `loss` is its mean. Each micro-batch has
     a `seed` of its own.
     """
-    forward, share = _forward(stage, variant), 1 / variant.micro_batches
+    forward, share = _forward(stage, variant, len(x)), 1 / variant.micro_batches
 
     def accumulate(tensors: Mapping[str, Tensor]) -> Results:
         new: dict[str, Tensor] = {}
@@ -212,6 +213,7 @@ def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrite: Rewrit
         return {}, [logits]
 
     stage.model.eval()
+    prepare_parts(stage.model, len(x))
     inputs = _in_tiles(state.layout, {**state.parameters, **state.statistics})
     return _trace(evaluate, {**inputs, "x": x}, rewrite)
 
@@ -276,11 +278,14 @@ def _of_model(state: StageState, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     return values
 
 
-def _forward(stage: Stage, variant: Variant) -> Forward:
+def _forward(stage: Stage, variant: Variant, batch: int) -> Forward:
     """The stage's forward pass in training mode, as a function of the tensors that take the place of its own."""
     stage.model.train()
+    prepare_parts(stage.model, batch)
     if variant.recompute:
-        return RecomputingForward(stage)
+        recomputing = RecomputingForward(stage)
+        recomputing.prepare(batch)
+        return recomputing
     return lambda tensors, x, dropout: functional_call(stage.model, dict(tensors), (x,))
 
 

@@ -45,6 +45,9 @@ MOST_BLOCKS = 32
 SMALL_BATCH = 4
 """The batch proposed where nothing else makes a model fit."""
 
+CERTAIN = 0.8
+"""The share of an estimate that a lowered stage takes at least: below it nothing is compiled to find out."""
+
 HEADROOM = 1.15
 """How much more than estimated a lowered stage may take, when a budget is proposed."""
 
@@ -81,7 +84,7 @@ class StageVariants:
             if _planned_state(self._stage, self._options, variant).total > budget:
                 continue
             least = self._least(variant)
-            if least is not None and least <= budget:
+            if least is not None and least <= budget / CERTAIN:
                 compiled = self.compiled(variant)
                 if compiled.manifest.planned.behind(prefix).total <= budget:
                     return compiled
@@ -184,7 +187,7 @@ class BudgetPlanner:
         for stage in stages:
             self._notify(f"trying {_blocks(len(stages))}: {stage.name}")
             smallest = self._smallest(stage, self._options)
-            if smallest.total > self._budget:
+            if smallest.total > self._budget / CERTAIN:
                 return _Misfit(parts, stage, smallest)
         compiled = []
         for stage in stages:

@@ -58,14 +58,14 @@ def test_a_narrow_model_starts_as_the_leading_part_of_the_full_one(schedule: Sch
 
 def test_the_widest_form_that_fits_is_prepared(schedule: Schedule) -> None:
     totals = {}
-    for budget in (10**9, schedule.plan(0, "executorch").total - 1):
+    for budget in (10**9, schedule.plan(0, ENGINE).total - 1):
         prepared = schedule.prepare_within(0, ENGINE, budget)
         assert prepared is not None
         totals[prepared.width] = prepared.manifest.planned.total
     smallest = schedule.smallest(0, ENGINE).manifest.planned.total
     totals[0.25] = smallest
     assert list(totals) == [1.0, 0.5, 0.25]
-    assert totals[1.0] == schedule.plan(0, "executorch").total > totals[0.5] > smallest
+    assert totals[1.0] == schedule.plan(0, ENGINE).total > totals[0.5] > smallest
     for width, total in totals.items():
         exact = schedule.prepare_within(0, ENGINE, total)
         assert exact is not None

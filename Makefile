@@ -50,6 +50,7 @@ test: lint onnxruntime-training
 	$(BIN)/pytest $(addprefix --ignore=,$(PARALLEL))
 
 zoo: venv
+	$(BIN)/pytest -m zoo tests/exporter
 	$(BIN)/python -m tests.zoo.run --table docs/models.md --json build/zoo.json
 
 bench: venv

@@ -95,11 +95,11 @@ class Capture:
         """The only axis of a value that is as long as the batch."""
         lengths = shape_of(node)
         if self.open_batch:
-            symbol = self.source.meta["val"].shape[0].node.expr
+            # All open sizes follow from the batch; one that is as long need not be written as the batch itself.
             found = [
                 axis
                 for axis, length in enumerate(lengths)
-                if isinstance(length, torch.SymInt) and length.node.expr == symbol
+                if isinstance(length, torch.SymInt) and length.node.hint == self.batch
             ]
         else:
             found = [axis for axis, length in enumerate(lengths) if length == self.batch]
@@ -216,8 +216,9 @@ def _exported(module: nn.Module, example: Tensor, training: bool, *, open_batch:
 
 
 def _is_open(exported: ExportedProgram) -> bool:
-    source = _source(exported)
-    return isinstance(source.meta["val"].shape[0], torch.SymInt)
+    length = _source(exported).meta["val"].shape[0]
+    # One that the model's code has fixed on the way still looks open.
+    return isinstance(length, torch.SymInt) and not length.node.expr.is_number
 
 
 def _source(exported: ExportedProgram) -> fx.Node:

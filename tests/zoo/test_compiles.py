@@ -14,11 +14,11 @@ MOST_USED = (
     "vgg11_bn",
     "ds_cnn",
     "lstm_classifier",
-    "padded_encoder",
+    "bert_tiny",
     "gpt_infinite_mask",
     "swin",
     "lora_transformer",
-    "dlrm",
+    "newcomer_cnn",
     "tcn",
 )
 

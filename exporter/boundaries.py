@@ -245,7 +245,9 @@ def _dearest(layout: Layout, ends: Sequence[int]) -> int:
 def _candidates(layout: Layout, values: int) -> list[int]:
     """The places to cut at, the last of them the end of the last block; empty without any."""
     for dimensions in (FEATURE_DIMENSIONS, 2):
-        last = _features_end(layout, values, dimensions)
+        # The last features are a single value where the model has any; more may cross within its blocks.
+        last = _features_end(layout, 1, dimensions)
+        last = _features_end(layout, values, dimensions) if last is None else last
         if last is not None:
             inner = [end for end in range(last) if _is_candidate(layout, end, values, dimensions)]
             return [*(end for end in inner if not _splits_operator(layout, end)), last]

@@ -171,7 +171,7 @@ def _observed(module: nn.Module, x: Tensor) -> Observation:
     changed = [name for name, tensor in module.named_parameters() if name in seen.written]
     if changed:
         raise UsageError(
-            f"the forward of model {title} changes parameter {changed[0]!r} in place: only the optimizer may, after the step"
+            f"the forward of model {title} changes parameter {changed[0]!r} in place, as an nn.Embedding with max_norm does: only the optimizer may, after the step"
         )
     if not close(seen.outputs, again.outputs) or not close(seen.evaluated, again.evaluated):
         raise UsageError(

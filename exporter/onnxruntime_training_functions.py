@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.onnx import symbolic_helper
 from torch.overrides import TorchFunctionMode
 
@@ -148,11 +149,26 @@ class _Replacing(TorchFunctionMode):
     def __init__(self, replaced: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
         super().__init__()
         self._replaced = replaced
+        self._by_name = {each.__name__: new for each, new in replaced.items()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if isinstance(func, OpOverload):
+            # Parts of a cut model call operators where PyTorch's layers call functions.
+            name = func._schema.name.partition("::")[2]
+            replaced = self._by_name.get(name)
+            if replaced is not None:
+                return replaced(*_as_function(name, args), **(kwargs or {}))
         return self._replaced.get(func, func)(*args, **(kwargs or {}))
+
+
+def _as_function(name: str, args: Sequence[Any]) -> Sequence[Any]:
+    """An operator's arguments in the order of the function of the same name."""
+    if name in ("batch_norm", "instance_norm"):
+        x, weight, bias, mean, variance, *rest = args
+        return x, mean, variance, weight, bias, *rest[:3]
+    return args[:5] if name == "group_norm" else args
 
 
 @torch.library.custom_op(

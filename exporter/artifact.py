@@ -173,13 +173,25 @@ def compile_prefix(
     x = zero_inputs(min(batch, PREFIX_BATCH), stage.input_shape, stage.vocabulary)
     with torch.no_grad():
         features = block(x)
+
+    def compiled(*, delegated: bool) -> tuple[Program, bytes]:
+        lowered = target.lower_frozen(block, x, calibration, delegated=delegated)
+        inputs = [_spec("x", x, stage.vocabulary)]
+        program = _program(lowered, inputs, [_spec("features", features)])
+        if calibration is None:
+            check_prefix(stage, target.engine, program, lowered.content)
+        return program, lowered.content
+
     with _explained(stage):
-        lowered = target.lower_frozen(block, x, calibration)
-    inputs = [_spec("x", x, stage.vocabulary)]
-    program = _program(lowered, inputs, [_spec("features", features)])
-    if calibration is None:
-        check_prefix(stage, target.engine, program, lowered.content)
-    return program.model_copy(update={"flops": forward_flops(block, x)}), lowered.content
+        try:
+            program, content = compiled(delegated=target.delegates)
+        except (
+            Exception
+        ):  # a delegate does not know all operators, and says so in any way, or computes something else
+            if calibration is not None or not target.delegates:
+                raise
+            program, content = compiled(delegated=False)
+    return program.model_copy(update={"flops": forward_flops(block, x)}), content
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -37,6 +37,9 @@ FEATURE_DIMENSIONS = 3
 
 MOST_VALUES = 3
 """Values that may cross a boundary that nobody asked for."""
+
+MOST_LEFT = 0.5
+"""Share of a model that its head may be, for the sake of handing on one value only."""
 
 UNEVEN = 2.0
 """How much dearer the largest block may be at a depth than at a deeper one."""
@@ -88,14 +91,16 @@ class Layout:
         self, made: Capture, tensors: Mapping[str, Tensor], trained: Collection[str], evaluated: Capture
     ) -> None:
         self.made = made
+        self._evaluated = evaluated.steps
         self._lasting = {call for node in evaluated.steps for call in calls_of(node)}
-        self._tensors = tensors
+        self.tensors = tensors
         nodes = made.steps
         self.position = {node: index for index, node in enumerate(nodes)} | {made.source: -1}
         self.last_use = {node: self._last_use(node, len(nodes)) for node in self.position}
         self.steps = [self._step(node, tensors, trained) for node in nodes]
         self.in_region = _regions(nodes)
         self.crossings = self._crossings()
+        self._found: dict[int, bool] = {}
 
     def _last_use(self, node: fx.Node, later: int) -> int:
         uses = (later if user.op == "output" else self.position[user] for user in readers(node))
@@ -137,27 +142,40 @@ class Layout:
         for index in range(last, -1, -1):
             ended = self._ended(index)
             if ended is not None:
-                return Boundary(ended, (name,) * times)
+                return replace(self.behind(ended), operators=(name,) * times)
             times += name_of(self.steps[index].node) == name
         return Boundary(None, (name,) * times)
+
+    def behind(self, call: Call) -> Boundary:
+        """The place behind a call of the model in training."""
+        if call in self._lasting:
+            return Boundary(call)
+        first = next(index for index, step in enumerate(self.steps) if call in calls_of(step.node))
+        return Boundary(call, otherwise=self.boundary(first - 1) if first else Boundary(None))
+
+    def lasts(self, last: int) -> bool:
+        """Whether the place behind a step is there in evaluation, too."""
+        if last not in self._found:
+            boundary = self.boundary(last)
+            self._found[last] = boundary.is_in(self._evaluated)
+        return self._found[last]
 
     def _ended(self, index: int) -> Call | None:
         """The outermost call, but for the model's own, that ends with a step."""
         here = calls_of(self.steps[index].node)[1:]
         following = self.steps[index + 1].node if index + 1 < len(self.steps) else None
         after = calls_of(following) if following is not None else []
-        return next((call for call in here if call not in after and call in self._lasting), None)
+        return next((call for call in here if call not in after), None)
 
     @cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """First and last use of each trained parameter that is used more than once."""
-        uses: dict[int, list[int]] = {}
+    def shared(self) -> dict[str, tuple[int, int]]:
+        """First and last use of each trained parameter that is used more than once, by one name or by two."""
+        uses: dict[int, dict[int, str]] = {}
         for index, step in enumerate(self.steps):
             for name in step.tensors:
-                if self._tensors[name].requires_grad:
-                    # By one name or by two.
-                    uses.setdefault(id(self._tensors[name]), []).append(index)
-        return [(found[0], found[-1]) for found in uses.values() if found[0] < found[-1]]
+                if self.tensors[name].requires_grad:
+                    uses.setdefault(id(self.tensors[name]), {})[index] = name
+        return {found[min(found)]: (min(found), max(found)) for found in uses.values() if len(found) > 1}
 
     def cost(self, index: int) -> int:
         """What a step adds to its block in training, in bytes."""
@@ -230,8 +248,11 @@ def _of_one_depth(layout: Layout, ends: list[int], count: int) -> list[int]:
 def _depth(layout: Layout, end: int) -> tuple[bool, int]:
     boundary = layout.boundary(end)
     depth = 0 if boundary.call is None else boundary.call.path.count(".")
+    # A place within a module is as deep as what the module has inside.
+    within = [calls_of(layout.steps[index].node)[1:] for index in (end, min(end + 1, len(layout.steps) - 1))]
+    around = sum(call in within[1] for call in within[0]) if boundary.operators else 0
     # Where an operator follows, the place has no module of its own; it comes after the ends of modules beside it.
-    return bool(boundary.operators) and boundary.call is None, depth
+    return bool(boundary.operators) and boundary.call is None, max(depth, around)
 
 
 def _dearest(layout: Layout, ends: Sequence[int]) -> int:
@@ -247,11 +268,18 @@ def _candidates(layout: Layout, values: int) -> list[int]:
     for dimensions in (FEATURE_DIMENSIONS, 2):
         # The last features are a single value where the model has any; more may cross within its blocks.
         last = _features_end(layout, 1, dimensions)
-        last = _features_end(layout, values, dimensions) if last is None else last
+        if last is None or _left(layout, last) > MOST_LEFT:
+            last = _features_end(layout, values, dimensions)
         if last is not None:
             inner = [end for end in range(last) if _is_candidate(layout, end, values, dimensions)]
             return [*(end for end in inner if not _splits_operator(layout, end)), last]
     return []
+
+
+def _left(layout: Layout, last: int) -> float:
+    """The share of a model, by cost, that comes after a step."""
+    costs = [layout.cost(index) for index in range(len(layout.steps))]
+    return sum(costs[last + 1 :]) / max(sum(costs), 1)
 
 
 def _features_end(layout: Layout, values: int, dimensions: int) -> int | None:
@@ -282,22 +310,32 @@ def _is_candidate(layout: Layout, end: int, values: int, dimensions: int) -> boo
     if layout.steps[end].node not in crossing:
         return False
     features = layout.features(end)
-    if features is None or any(first <= end < last for first, last in layout.spans):
+    if features is None or any(first <= end < last for first, last in layout.shared.values()):
         return False
     floats = [each for each in features if each.dtype.is_floating_point]
-    return bool(floats) and max(len(each.shape) + 1 for each in floats) >= dimensions
+    return bool(floats) and max(len(each.shape) + 1 for each in floats) >= dimensions and layout.lasts(end)
 
 
 def _pools_all(layout: Layout, node: fx.Node) -> bool:
     """Whether a step pools all places of the features, as classifiers do."""
     name = name_of(node)
     if name.startswith("adaptive_"):
-        return True
+        return math.prod(node.meta["val"].shape[2:]) == 1 or _flattened_behind(layout, node)
     if name not in _POOLS and not name.startswith("avg_pool"):
         return False
     before = next((shape_of(each) for each in node.all_input_nodes if is_tensor(each)), ())
     lengths = [length for length in shape_of(node)[1:] if length != 1]
     return len(lengths) <= 1 < len([length for length in before[1:] if length != 1])
+
+
+def _flattened_behind(layout: Layout, node: fx.Node) -> bool:
+    """Whether the next layer that trains takes vectors."""
+    following = layout.steps[layout.position[node] + 1 :]
+    nearest = next((step for step in following if step.trains), None)
+    if nearest is None:
+        return True
+    taken = [shape_of(each) for each in nearest.node.all_input_nodes if each in layout.position]
+    return max(map(len, taken), default=0) < FEATURE_DIMENSIONS
 
 
 def _only_normalises(layout: Layout, first: int, last: int) -> bool:

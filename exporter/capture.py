@@ -11,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from frostline.exporter.executorch_lowering import quiet
 from frostline.exporter.modes import modes_kept
@@ -28,6 +32,9 @@ aten = torch.ops.aten
 
 SMALLEST_OPEN_BATCH = 2
 """Graphs whose batch is open hold for batches of at least this: PyTorch takes a size of 1 for one that broadcasts."""
+
+BY_VALUES = "a compiled step has fixed shapes and no branches; use operators such as torch.where, which keep the shape"
+"""What to do about code that depends on what a tensor holds."""
 
 
 def enter_grad_mode(enabled: bool) -> bool:
@@ -205,7 +212,13 @@ def capture(module: nn.Module, example: Tensor, *, training: bool) -> Capture:
 def _exported(module: nn.Module, example: Tensor, training: bool, *, open_batch: bool) -> ExportedProgram:
     shapes = ({0: Dim.AUTO},) if open_batch else None
     attention = torch.backends.mha.get_fastpath_enabled()
-    with authors_mode(module, training=training), quiet(), torch.enable_grad():
+    with (
+        authors_mode(module, training=training),
+        quiet(),
+        torch.enable_grad(),
+        _assignments_written(module),
+        _Detaching(),
+    ):
         # In evaluation PyTorch's transformer layers are one fused operator, which no engine knows.
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -213,6 +226,40 @@ def _exported(module: nn.Module, example: Tensor, training: bool, *, open_batch:
                 return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
         finally:
             torch.backends.mha.set_fastpath_enabled(attention)
+
+
+class _Detaching(TorchFunctionMode):
+    """What a model reads as ``.data`` is recorded as detached: export would take it for a constant."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _assignments_written(module: nn.Module) -> Iterator[None]:
+    """A child's buffer that is assigned a new tensor is written: export sees that of the model's own buffers only."""
+    originals: dict[tuple[int, str], Tensor] = {}
+
+    def write(child: nn.Module, name: str, value: Any) -> None:
+        before = child._buffers.get(name)
+        if child is module or before is None or not isinstance(value, Tensor):
+            return
+        original = originals.setdefault((id(child), name), before)
+        with torch.no_grad():
+            original.copy_(value.detach())
+
+    hook = register_module_buffer_registration_hook(write)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _is_open(exported: ExportedProgram) -> bool:
@@ -231,28 +278,32 @@ def _refusal(module: nn.Module, example: Tensor, error: Exception) -> UsageError
     title = type(module).__name__
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
         return UsageError(
-            f"model {title} decides by the values of a tensor{_raised_at(error)}: a compiled step has fixed shapes and no "
-            "branches; use operators such as torch.where, which keep the shape"
+            f"model {title} decides by the values of a tensor{raised_at(error, module)}: {BY_VALUES}"
         )
     return UsageError(
         f"model {title} does not run on an input of shape {list(example.shape)}, "
-        f"{str(example.dtype).removeprefix('torch.')}{_raised_at(error)}: {first_line(error)}: {_hint(error, example)}"
+        f"{str(example.dtype).removeprefix('torch.')}{raised_at(error, module)}: {first_line(error)}: {_hint(error, example)}"
     )
 
 
-def _raised_at(error: BaseException) -> str:
-    """The line of the author's code that an error came from."""
-    found, trace = "", error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if (
-            "/torch/" not in code.co_filename
-            and "/frostline" not in code.co_filename
-            and code.co_name == "forward"
-        ):
-            found = f" ({code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return found
+def raised_at(error: BaseException, module: nn.Module) -> str:
+    """Where in a model an error came from, such as `` in module 'fc' (nets.py:12)``; empty where it is not known."""
+    names = {id(child): name for name, child in module.named_modules()}
+    path, line, inside = "", "", False
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        own = id(frame.f_locals.get("self"))
+        if own in names:
+            path, inside = names[own], True
+        if inside and _is_authors(frame):
+            line = f"{frame.f_code.co_filename.rpartition('/')[2]}:{number}"
+    return (f" in module '{path}'" if path else "") + (f" ({line})" if line else "")
+
+
+def _is_authors(frame: FrameType) -> bool:
+    """Whether a frame runs the code of a model rather than ours or PyTorch's."""
+    name = frame.f_globals.get("__name__", "")
+    ours = name.startswith("frostline.") and not name.startswith("frostline.exporter.models.")
+    return not ours and "/torch/" not in frame.f_code.co_filename
 
 
 def _hint(error: Exception, example: Tensor) -> str:
@@ -269,12 +320,14 @@ def _flattened(module: nn.Module, exported: ExportedProgram, batch: int) -> Capt
     outputs = _inline(exported.graph_module, graph, copies)
     named = {node.name: copies[node] for node in exported.graph.find_nodes(op="placeholder")}
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    tensors = {named[key]: name for key, name in names.items()}
+    tensors = {named[key]: _first_name(module, name) for key, name in names.items()}
     constants = {
         named[key]: exported.constants[name]
         for key, name in signature.inputs_to_lifted_tensor_constants.items()
     }
     _write_early(graph, tensors)
+    _make_dense(graph)
+    _forget_unused(graph)
     graph.output(_result(module, exported, outputs))
     _without_in_place(graph)
     result = graph.output_node().args[0]
@@ -283,6 +336,14 @@ def _flattened(module: nn.Module, exported: ExportedProgram, batch: int) -> Capt
     return Capture(
         graph, tensors, constants, named[signature.user_inputs[0]], result, batch, _is_open(exported)
     )
+
+
+def _first_name(module: nn.Module, name: str) -> str:
+    """A tensor's name by the first name of the child that holds it."""
+    path, _, own = name.rpartition(".")
+    child = module.get_submodule(path)
+    first = next(known for known, each in module.named_modules() if each is child)
+    return f"{first}.{own}" if first else own
 
 
 def _result(module: nn.Module, exported: ExportedProgram, outputs: Any) -> fx.Node:
@@ -304,6 +365,8 @@ _NOTHING = (
 )
 """What export adds to check itself."""
 
+_TO_PYTHON = (aten.item.default, aten._local_scalar_dense.default)
+
 
 def _inline(source: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, Any]) -> Any:
     """Copy a graph's nodes, those of regions in their places; what the graph returns."""
@@ -323,6 +386,10 @@ def _inline(source: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, Any])
             copies[node] = _region(node, graph, copies)
         elif node.target is operator.getitem and not isinstance(copies[node.args[0]], fx.Node):
             copies[node] = copies[node.args[0]][node.args[1]]
+        elif node.target in _TO_PYTHON and node.users:
+            raise UsageError(
+                f"{place_of(node)} makes numbers of Python's of a tensor, so that what follows depends on its values: {BY_VALUES}"
+            )
         elif node.target not in _NOTHING:
             copies[node] = graph.node_copy(node, copied)
     raise AssertionError("a graph ends with its output")
@@ -373,6 +440,23 @@ def _write_early(graph: fx.Graph, tensors: Mapping[fx.Node, str]) -> None:
             max(others, key=lambda node: position[node]).append(write)
 
 
+def _forget_unused(graph: fx.Graph) -> None:
+    """Leave out results that nobody takes of operators with several, such as the places of maxima."""
+    for node in reversed(graph.find_nodes(op="call_function", target=operator.getitem)):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _make_dense(graph: fx.Graph) -> None:
+    """Tables whose gradients are sparse get dense ones, of the same values: devices know no others."""
+    for node in graph.nodes:
+        if name_of(node) in ("embedding", "embedding_bag") and node.op == "call_function":
+            names = [each.name for each in node.target._schema.arguments]
+            place = names.index("sparse")
+            node.args = (*node.args[:place], *[False] * (len(node.args) > place), *node.args[place + 1 :])
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "sparse"}
+
+
 def _changing(buffer: fx.Node) -> set[Any]:
     """The operators that change a buffer in place."""
     return {user.target for user in buffer.users if user.args[:1] == (buffer,) and is_in_place(user)}
@@ -398,7 +482,9 @@ def _without_in_place(graph: fx.Graph) -> None:
             continue
         changed = node.args[0]
         functional = _functional(node.target)
-        if functional is None or changed.op == "placeholder" or _has_views(changed):
+        # What is still changed in place is the model's own, or shared.
+        shared = changed.op == "placeholder" or _has_views(changed) or is_in_place(changed)
+        if functional is None or shared:
             continue
         node.target = functional
         for user in list(changed.users):
@@ -411,7 +497,10 @@ def _functional(changing: Any) -> Any:
     packet = getattr(aten, changing._schema.name.partition("::")[2].removesuffix("_"), None)
     if packet is None or changing._overloadname not in packet.overloads():
         return None
-    return getattr(packet, changing._overloadname)
+    functional = getattr(packet, changing._overloadname)
+    # `pow_` of a tensor by a number has the overload's name that `pow` of a number by a tensor has.
+    ours, theirs = ([str(each.type) for each in f._schema.arguments] for f in (functional, changing))
+    return functional if ours == theirs else None
 
 
 def _has_views(node: fx.Node) -> bool:

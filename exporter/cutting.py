@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from frostline.exporter.boundaries import Layout, automatic_ends, most_blocks
-from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, is_size, place_of
+from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, is_size, place_of, raised_at
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.part import Boundary, Captures, Feature, Part, Span, handed_on, register, tensors_of
 from frostline.exporter.semantics import Observation, check_same, close, observe
+from frostline.exporter.steadiness import unsteady
 from frostline.exporter.support import check_model
 from frostline.protocol.errors import UsageError, first_line
 
@@ -122,7 +123,7 @@ class Cutter:
         self._module, self._vocabulary = module, vocabulary
         self._x = _batch_like(example, vocabulary)
         check_model(module, self._x)
-        self._captures = Captures(module, self._x)
+        self._captures = Captures(module, self._x, vocabulary)
         evaluated = self._captures.of(training=False)
         made = self._captures.of(training=True)
         self._whole = _observed(module, self._x)
@@ -165,19 +166,24 @@ def _batch_like(example: Tensor, vocabulary: int | None) -> Tensor:
 def _observed(module: nn.Module, x: Tensor) -> Observation:
     title = type(module).__name__
     try:
-        seen, again = observe(module, x), observe(module, x)
+        seen, again = observe(module, x), observe(module, x, seed=1)
     except Exception as error:  # it runs the model's code, which may raise anything
-        raise UsageError(f"model {title} cannot be trained: {first_line(error)}") from error
+        where = raised_at(error, module)
+        raise UsageError(f"model {title} cannot be trained{where}: {first_line(error)}") from error
     changed = [name for name, tensor in module.named_parameters() if name in seen.written]
     if changed:
         raise UsageError(
             f"the forward of model {title} changes parameter {changed[0]!r} in place, as an nn.Embedding with max_norm does: only the optimizer may, after the step"
         )
-    if not close(seen.outputs, again.outputs) or not close(seen.evaluated, again.evaluated):
-        raise UsageError(
-            f"model {title} returns other values when the same batch comes again: a compiled step has no state beside its "
-            "tensors, such as a count in an attribute or random numbers of Python's"
+    for training, one, two in ((True, seen.outputs, again.outputs), (False, seen.evaluated, again.evaluated)):
+        if not close(one, two):
+            raise UsageError(unsteady(module, x, training=training))
+    if not seen.gradients:
+        asked = any(each.requires_grad for each in module.parameters())
+        why = (
+            "its logits depend on none of its parameters" if asked else "no parameter has requires_grad=True"
         )
+        raise UsageError(f"model {title} has nothing to train: {why}")
     return seen
 
 
@@ -209,12 +215,14 @@ def _check_counters(made: Capture, whole: Observation) -> None:
     for node, name in made.tensors.items():
         if name not in whole.written or whole.written[name].is_floating_point():
             continue
-        counting = [user for user in node.users if is_in_place(user) or is_size(user)]
-        reads = [
-            each
-            for each in {*node.users, *(u for each in counting for u in each.users)}
-            if each not in counting
-        ]
+        reads: list[fx.Node] = []
+        users = list(node.users)
+        while users:
+            user = users.pop()
+            if is_in_place(user) or is_size(user):
+                users += user.users
+            else:
+                reads.append(user)
         if reads:
             raise UsageError(
                 f"{place_of(reads[0])} reads buffer {name!r}, a {str(whole.written[name].dtype).removeprefix('torch.')} "
@@ -277,7 +285,8 @@ def _named(layout: Layout, module: nn.Module, name: str) -> Boundary:
             f"block {path!r} of model {title} is called {len(counts)} times: name a child that is called once, or one call, "
             f"as in {path}@0"
         )
-    return Boundary(Call(path, int(count) if count.isdigit() else 0), tuple(operators))
+    behind = layout.behind(Call(path, int(count) if count.isdigit() else 0))
+    return replace(behind, operators=tuple(operators))
 
 
 def _end(layout: Layout, boundary: Boundary) -> int:
@@ -330,8 +339,21 @@ def _automatic(layout: Layout, module: nn.Module, count: int) -> list[int]:
         raise UsageError(
             f"model {type(module).__name__} cannot be cut into {count} blocks: {possible or 1} is the most its boundaries "
             "allow, each block with something to train; ask for fewer, or name the children to cut after"
+            + _ties(layout)
         )
     return automatic_ends(layout, count)
+
+
+def _ties(layout: Layout) -> str:
+    """What keeps the most of a model in one block, where a tensor does."""
+    if not layout.shared:
+        return ""
+    name, (first, last) = max(layout.shared.items(), key=lambda each: each[1][1] - each[1][0])
+    names = [each for each, tensor in layout.tensors.items() if tensor is layout.tensors[name]]
+    return (
+        f". Tensor {' or '.join(map(repr, names))} is used by {place_of(layout.steps[first].node)} and again by {place_of(layout.steps[last].node)}: "
+        "blocks cannot share it; untie it, or train all in one with blocks = 1"
+    )
 
 
 class _Chain(nn.Module):

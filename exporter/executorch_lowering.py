@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
 from torch.export import ExportedProgram, export
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -171,14 +172,25 @@ def run_program(module: Any, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class _Wrapped(nn.Module):
-    """A module whose tensors' names begin with a letter: XNNPACK's passes lose track of those of an nn.Sequential."""
+    """A module whose tensors have plain names: XNNPACK's passes lose track of others, such as ``0.weight``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        # In a list it is no child, whose tensors would be there twice.
+        self._module = [module]
+        self._names: dict[str, str] = {}
+        for own, (name, tensor) in enumerate(
+            [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        ):
+            self._names[f"tensor_{own}"] = name
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(f"tensor_{own}", tensor)
+            else:
+                self.register_buffer(f"tensor_{own}", tensor)
 
     def forward(self, *arguments: Tensor) -> Any:
-        return self.module(*arguments)
+        tensors = {name: getattr(self, own) for own, name in self._names.items()}
+        return functional_call(self._module[0], tensors, arguments)
 
 
 def _exported(module: nn.Module, arguments: Sequence[Tensor]) -> ExportedProgram:

@@ -12,7 +12,7 @@ from frostline.exporter.quantization import quantized
 from frostline.exporter.rewrites.executorch import rewrite_for_executorch
 from frostline.exporter.target import LoweredProgram, Run
 from frostline.exporter.tiles import pick
-from frostline.exporter.training_step import TracedProgram
+from frostline.exporter.training_step import TracedProgram, trace_frozen
 from frostline.protocol.messages import Engine
 
 
@@ -22,6 +22,7 @@ class ExecuTorchTarget:
     engine: Engine = "executorch"
     writes_in_place = True
     recomputes = True
+    delegates = True
 
     def layout(self, model: nn.Module) -> Layout:
         """Channels last, large kernels in tiles."""
@@ -39,8 +40,12 @@ class ExecuTorchTarget:
         lowered = lower_portable(program.graph_module, program.arguments(tensors), written)
         return LoweredProgram(lowered.content, program.inputs, lowered.arena_bytes)
 
-    def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:
+    def lower_frozen(
+        self, block: nn.Module, x: Tensor, calibration: Tensor | None = None, *, delegated: bool = True
+    ) -> LoweredProgram:
         """A program delegated to XNNPACK where it can be, in int8 if there is a calibration sample."""
+        if not delegated:
+            return self.lower(trace_frozen(block, x, self.rewrite), {"x": x}, ["features"])
         lowered = lower_delegated(block if calibration is None else quantized(block, x, calibration), [x])
         return LoweredProgram(lowered.content, ("x",), lowered.arena_bytes)
 

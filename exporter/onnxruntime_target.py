@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from frostline.exporter.executorch_lowering import UnsupportedOperators
 from frostline.exporter.layout import MODEL_ORDER, Layout
 from frostline.exporter.onnx_lowering import lower_to_onnx
 from frostline.exporter.rewrites.onnxruntime import rewrite_for_onnxruntime
 from frostline.exporter.target import LoweredProgram, Run
-from frostline.exporter.training_step import TracedProgram
+from frostline.exporter.training_step import TracedProgram, trace_frozen
 from frostline.protocol.errors import RunError
 from frostline.protocol.manifest import NEW
 from frostline.protocol.messages import Engine
@@ -30,6 +29,7 @@ class OnnxRuntimeTarget:
     engine: Engine = "onnxruntime"
     writes_in_place = False
     recomputes = True
+    delegates = False
 
     def layout(self, model: nn.Module) -> Layout:
         """The model's own order: it is that of ONNX."""
@@ -51,15 +51,11 @@ class OnnxRuntimeTarget:
             raise _at_fault(lower_to_onnx(program, arguments, results, traceable=True), error) from error
         return LoweredProgram(content, program.inputs, arena, program.written)
 
-    def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:
+    def lower_frozen(
+        self, block: nn.Module, x: Tensor, calibration: Tensor | None = None, *, delegated: bool = True
+    ) -> LoweredProgram:
         """A float32 program with constant weights, which ONNX Runtime rearranges for the processor when it loads."""
-
-        def forward(x: Tensor) -> list[Tensor]:
-            return [block(x)]
-
-        with torch.no_grad():
-            traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
-        program = TracedProgram(rewrite_for_onnxruntime(traced, [x]), ["x"], [])
+        program = trace_frozen(block, x, rewrite_for_onnxruntime)
         return self.lower(program, {"x": x}, ["features"])
 
     def load(self, program: LoweredProgram) -> Run:

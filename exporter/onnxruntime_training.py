@@ -30,6 +30,7 @@ from frostline.exporter.inputs import random_inputs, zero_inputs
 from frostline.exporter.modes import mode
 from frostline.exporter.onnxruntime_training_functions import OPSET, TrainableFunctions
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
+from frostline.exporter.part import prepare_parts
 from frostline.exporter.stage import Stage
 from frostline.exporter.support import STAGE_PREFIXES, check_dtypes
 from frostline.protocol.errors import FrostlineError, RunError, UsageError, first_line
@@ -182,6 +183,7 @@ def _export_training(stage: Stage, samples: int) -> tuple[onnx.ModelProto, list[
     x = random_inputs(samples, stage.input_shape, stage.vocabulary, torch.Generator().manual_seed(0))
     arguments = (x, torch.tensor(0.0))
     with mode(forward, training=True), torch.no_grad():
+        prepare_parts(forward, samples)
         forward(*arguments)
         results = [LOGITS, *(_new(name) for name in forward.updated)]
         # The exporter leaves out a seed that nothing depends on.
@@ -198,6 +200,7 @@ def _export_evaluation(stage: Stage, samples: int) -> onnx.ModelProto:
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
     with mode(forward, training=False), torch.no_grad():
+        prepare_parts(forward, samples)
         model = _export(forward, (x,), ["x"], [LOGITS])
     _move_to_inputs(model, [name for name, _ in _named_tensors(stage)])
     return model

@@ -15,6 +15,7 @@ class OnnxRuntimeTrainingTarget(OnnxRuntimeTarget):
     engine: Engine = "onnxruntime-training"
     writes_in_place = True
     recomputes = False
+    delegates = False
 
 
 ONNXRUNTIME_TRAINING = OnnxRuntimeTrainingTarget()

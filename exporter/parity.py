@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from frostline.device_runtime.engine import TrainingSession, open_runtime
 from frostline.exporter.dropout import SeededDropout
-from frostline.exporter.inputs import random_inputs
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
 from frostline.exporter.part import tensors_of
 from frostline.exporter.stage import Stage
@@ -195,9 +194,10 @@ def _check_sound(stage: Stage, want: Trained) -> None:
 
 
 def _random_batch(stage: Stage, options: ExportOptions, seed: int) -> Batch:
-    random = torch.Generator().manual_seed(seed)
-    x = random_inputs(options.batch, stage.input_shape, stage.vocabulary, random)
-    return x, torch.randint(0, options.classes, (options.batch,), generator=random)
+    labels = torch.Generator().manual_seed(seed)
+    return stage.random_batch(options.batch, seed), torch.randint(
+        0, options.classes, (options.batch,), generator=labels
+    )
 
 
 @contextlib.contextmanager
@@ -249,8 +249,7 @@ def check_prefix(stage: Stage, engine: Engine, program: Program, content: bytes)
     RunError
         Naming the block.
     """
-    random = torch.Generator().manual_seed(0)
-    x = random_inputs(program.inputs[0].shape[0], stage.input_shape, stage.vocabulary, random)
+    x = stage.random_batch(program.inputs[0].shape[0], seed=0)
     with tempfile.TemporaryDirectory() as folder:
         store = BlobStore(Path(folder))
         store.put(content)

@@ -70,10 +70,13 @@ class Boundary:
         The call it is behind; None for the start of the forward pass.
     operators : tuple of str
         The name of an operator behind that call that still lies before it, once for each time that it has run by then.
+    otherwise : Boundary or None
+        Where it is in captures in which the call computes nothing, as a layer of noise in evaluation.
     """
 
     call: Call | None
     operators: tuple[str, ...] = ()
+    otherwise: Boundary | None = None
 
     @property
     def name(self) -> str:
@@ -81,6 +84,14 @@ class Boundary:
         path = self.call.path if self.call else ""
         count = f"@{self.call.count}" if self.call and self.call.count else ""
         return "+".join([path + count, *self.operators])
+
+    def is_in(self, steps: Sequence[fx.Node]) -> bool:
+        """Whether it is found in a graph."""
+        try:
+            self.position(steps)
+        except UsageError:
+            return False
+        return True
 
     def position(self, steps: Sequence[fx.Node]) -> int:
         """The number of the last step before it; -1 if there is none.
@@ -93,9 +104,9 @@ class Boundary:
         last = -1
         if self.call is not None:
             inside = [index for index, node in enumerate(steps) if self.call in calls_of(node)]
-            if not inside:
+            if not inside and self.otherwise is None:
                 raise UsageError(f"block {self.name!r} computes nothing: name another child")
-            last = inside[-1]
+            last = inside[-1] if inside else self.otherwise.position(steps)  # type: ignore[union-attr]
         for wanted in self.operators:
             following = (index for index in range(last + 1, len(steps)) if name_of(steps[index]) == wanted)
             last = next(following, -1)
@@ -123,8 +134,8 @@ def handed_on(features: Sequence[Feature]) -> tuple[int, ...]:
 class Captures:
     """A model's captures, each made when it is first needed."""
 
-    def __init__(self, module: nn.Module, example: Tensor) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, example: Tensor, vocabulary: int | None = None) -> None:
+        self.module, self.vocabulary = module, vocabulary
         self._example = example
         self._made: dict[tuple[bool, int], Capture] = {}
 
@@ -363,10 +374,17 @@ def register(module: nn.Module, name: str, tensor: Tensor, *, saved: bool = True
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers by name; what has two names is there twice."""
+    """A module's parameters and buffers by name.
+
+    What two children share is there twice; a child that has two names itself is taken by the first.
+    """
+    children = list(module.named_modules())
     return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
+        f"{path}.{own}" if path else own: tensor
+        for kind in ("_parameters", "_buffers")
+        for path, child in children
+        for own, tensor in getattr(child, kind).items()
+        if tensor is not None
     }
 
 
@@ -523,10 +541,10 @@ def writes_of(node: fx.Node) -> list[fx.Node]:
     changed = [node.args[0]] if is_in_place(node) else []
     if name_of(node) in ("batch_norm", "instance_norm") and node.args[5]:
         changed = [each for each in node.args[3:5] if each is not None]
-    return [_base(each) for each in changed if isinstance(each, fx.Node)]
+    return [base_of(each) for each in changed if isinstance(each, fx.Node)]
 
 
-def _base(node: fx.Node) -> fx.Node:
+def base_of(node: fx.Node) -> fx.Node:
     """What a view, or what was changed in place, is a view of."""
     while node.op == "call_function" and (is_view(node) or is_in_place(node)):
         source = node.args[0]

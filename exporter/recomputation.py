@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from frostline.exporter.boundaries import Layout, segment_ends
 from frostline.exporter.dropout import SeededDropout
-from frostline.exporter.inputs import random_inputs
 from frostline.exporter.part import Captures, Part, Span, tensors_of
 from frostline.exporter.stage import Stage
 
@@ -105,7 +103,7 @@ def _spans(stage: Stage) -> list[Span]:
 
 
 def _span(stage: Stage, block: nn.Module) -> Span:
-    x = random_inputs(CAPTURED_BATCH, stage.input_shape, stage.vocabulary, torch.Generator().manual_seed(0))
+    x = stage.random_batch(CAPTURED_BATCH, seed=0)
     if x.is_floating_point():
         x = x.to(next((each.dtype for each in block.parameters()), x.dtype))
     return Span(Captures(block, x), None, None, (), ())

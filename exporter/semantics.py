@@ -43,14 +43,18 @@ class Observation:
     written: dict[str, Tensor]
 
 
-def observe(module: nn.Module, x: Tensor) -> Observation:
+def observe(module: nn.Module, x: Tensor, seed: int = 0) -> Observation:
     """Run a model on a batch in both modes; its tensors stay as they are.
 
+    Random numbers are those of the step's seed in training; in evaluation, where there should be none, those of `seed`.
     Raises whatever the model's own code raises.
     """
     step = observe_step(module, x)
     with _plain(), authors_mode(module, training=False), torch.no_grad():
-        return replace(step, evaluated=functional_call(module, copies_of(module), (x.clone(),)))
+        torch.default_generator.manual_seed(seed)
+        return replace(
+            step, evaluated=functional_call(module, copies_of(module), (x.clone(),), tie_weights=False)
+        )
 
 
 def observe_step(module: nn.Module, x: Tensor) -> Observation:
@@ -59,7 +63,7 @@ def observe_step(module: nn.Module, x: Tensor) -> Observation:
     versions = {name: each._version for name, each in given.items()}
     with _plain(), authors_mode(module, training=True), SeededDropout(torch.tensor(1.0)):
         torch.default_generator.manual_seed(0)
-        outputs = functional_call(module, given, (x.clone(),))
+        outputs = functional_call(module, given, (x.clone(),), tie_weights=False)
         gradients = _gradients(outputs, {name: each for name, each in given.items() if each.requires_grad})
     written = {
         name: each.detach()
@@ -70,7 +74,10 @@ def observe_step(module: nn.Module, x: Tensor) -> Observation:
 
 
 def copies_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of a module's parameters and buffers by name; what is shared stays shared."""
+    """Copies of a module's parameters and buffers by name; what is shared stays shared, so that nothing need be tied.
+
+    Where a child has two names, tying them would leave the copies in the module.
+    """
     tensors = tensors_of(module)
     copies = {id(each): each.detach().clone().requires_grad_(each.requires_grad) for each in tensors.values()}
     return {name: copies[id(each)] for name, each in tensors.items()}
@@ -82,7 +89,12 @@ def _gradients(outputs: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tenso
         return {}
     weights = torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).reshape(outputs.shape)
     found = torch.autograd.grad((outputs * weights).sum(), list(wanted.values()), allow_unused=True)
-    return {name: each for name, each in zip(wanted, found, strict=True) if each is not None}
+    # Those of sparse tables are sparse; devices hold them dense.
+    return {
+        name: each.to_dense() if each.is_sparse else each
+        for name, each in zip(wanted, found, strict=True)
+        if each is not None
+    }
 
 
 @contextmanager

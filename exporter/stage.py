@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from frostline.exporter.cutting import CutModel
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.output_module import OutputModule, OutputModuleKind, build_output_module
-from frostline.exporter.part import joined, tensors_of
+from frostline.exporter.part import Part, joined, tensors_of
 from frostline.exporter.semantics import observe_step
 from frostline.exporter.support import explain
 from frostline.protocol.errors import RunError
@@ -52,6 +52,8 @@ class Stage:
         Shape of one sample of the stage's input, without the batch axis.
     vocabulary : int or None
         Where the input is token ids, int64, how many there are; None where it is float32.
+    before : Part or None
+        The blocks in front of it, which make its input of the model's; None for the first stage.
     trained : frozenset of str
         The parameters that a step moves: those that ask for a gradient and get one. All others are constants.
     written : frozenset of str
@@ -64,11 +66,12 @@ class Stage:
     model: StageModel
     input_shape: tuple[int, ...]
     vocabulary: int | None = None
+    before: Part | None = None
     trained: frozenset[str] = field(init=False)
     written: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        x = random_inputs(OBSERVED_BATCH, self.input_shape, self.vocabulary, torch.Generator().manual_seed(0))
+        x = self.random_batch(OBSERVED_BATCH, seed=0)
         dtype = next((each.dtype for each in self.model.parameters()), torch.float32)
         x = x.to(dtype) if x.is_floating_point() else x
         try:
@@ -77,8 +80,27 @@ class Stage:
             raise RunError(
                 f"stage {self.name!r} cannot be compiled: {explain(error, self.model, x)}"
             ) from error
-        object.__setattr__(self, "trained", frozenset(seen.gradients))
-        object.__setattr__(self, "written", frozenset(seen.written))
+        # What has two names is known by the first.
+        parameters, buffers = (
+            dict(each) for each in (self.model.named_parameters(), self.model.named_buffers())
+        )
+        object.__setattr__(self, "trained", frozenset(seen.gradients.keys() & parameters.keys()))
+        object.__setattr__(self, "written", frozenset(seen.written.keys() & {**parameters, **buffers}.keys()))
+
+    def random_batch(self, count: int, seed: int) -> Tensor:
+        r"""What the stage takes, (count, \*input_shape), of samples drawn at random.
+
+        It is what the blocks in front of it make of them: masks, counts and values that are never negative stay such.
+        """
+        random = torch.Generator().manual_seed(seed)
+        if self.before is None:
+            return random_inputs(count, self.input_shape, self.vocabulary, random)
+        (source,) = self.before.span.inputs
+        x = random_inputs(count, source.shape, self.before.span.captures.vocabulary, random)
+        self.before.eval()
+        with torch.no_grad():
+            features: Tensor = self.before(x)
+        return features
 
 
 def build_stage(
@@ -87,7 +109,8 @@ def build_stage(
     """Stage `index` of `cut`; the output module's values come from `seed`."""
     block = cut.blocks[index]
     model = StageModel(block.module, build_output_module(cut, index, seed, output_module))
-    return Stage(index, len(cut.blocks), block.name, model, block.input_shape, block.vocabulary)
+    before = joined([each.module for each in cut.blocks[:index]]) if index else None
+    return Stage(index, len(cut.blocks), block.name, model, block.input_shape, block.vocabulary, before)
 
 
 def build_whole_model(cut: CutModel) -> Stage:

@@ -15,14 +15,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.exporter.capture import calls_of, line_of
+from frostline.exporter.capture import BY_VALUES, calls_of, line_of
 from frostline.exporter.executorch_lowering import UnsupportedOperators, kernel_names
 from frostline.exporter.modes import mode
 from frostline.exporter.part import VISITOR
@@ -103,6 +106,7 @@ def check_model(module: nn.Module, x: Tensor) -> None:
         raise UsageError(
             f"model {title} takes {len(required)} inputs ({', '.join(required)}): make its forward take one tensor"
         )
+    _check_made(module)
     check_dtypes(module)
     for name, child in module.named_modules():
         if isinstance(child, _NormBase) and child.track_running_stats and child.momentum is None:
@@ -121,14 +125,29 @@ def _check_values(module: nn.Module, x: Tensor) -> None:
     try:
         for training in (False, True):
             tensors = copies_of(module)
-            with torch.no_grad(), mode(module, training=training), recorder.watching(module), recorder:
-                functional_call(module, tensors, (x.clone(),))
+            with (
+                torch.no_grad(),
+                mode(module, training=training),
+                recorder.watching(module),
+                recorder,
+                _Checking(recorder),
+            ):
+                functional_call(module, tensors, (x.clone(),), tie_weights=False)
     except UsageError:
         raise
     except Exception:  # running the model raises whatever its operators raise; capturing it reports that
         return
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _check_made(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor):
+            raise UsageError(
+                f"module {name.rpartition('.')[0]!r} does not know its shape yet, as lazy layers do until they have seen a "
+                "batch: run the model on one before it is exported"
+            )
 
 
 def check_dtypes(module: nn.Module) -> None:
@@ -270,6 +289,15 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Tell of nothing for a while."""
+        heard, self._heard = self._heard, lambda use, result: None
+        try:
+            yield
+        finally:
+            self._heard = heard
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -289,6 +317,23 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+class _Checking(TorchFunctionMode):
+    """Leaves out functions that look at values only to check them."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        # Without the number of classes their number is the largest id.
+        checks = func is F.one_hot and (args[1:] or given.get("num_classes", -1)) not in (-1, (-1,))
+        with self._recorder.deaf() if checks else contextlib.nullcontext():
+            return func(*args, **given)
+
+
 def _refuse(use: Use, result: Any) -> None:
     tensors = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
     numbers = next((each.dtype for each in tensors if each.is_complex()), None)
@@ -297,10 +342,7 @@ def _refuse(use: Use, result: Any) -> None:
             f"{use} returns {_name(numbers)}: complex numbers cannot be trained; compute with real and imaginary parts"
         )
     if use.by_value:
-        raise UsageError(
-            f"{use} makes what follows depend on the values of a tensor: a compiled step has fixed shapes and no "
-            "branches; use operators such as torch.where, which keep the shape"
-        )
+        raise UsageError(f"{use} makes what follows depend on the values of a tensor: {BY_VALUES}")
 
 
 def _by_value(function: Any, arguments: Sequence[Any]) -> bool:

@@ -47,11 +47,14 @@ class Target(Protocol):
         Whether its programs write their arguments; if not, a device holds those twice.
     recomputes : bool
         Whether it has variants with recomputation.
+    delegates : bool
+        Whether frozen blocks are lowered to a library of fast kernels, and can be to the runtime's own.
     """
 
     engine: Engine
     writes_in_place: bool
     recomputes: bool
+    delegates: bool
 
     def layout(self, model: nn.Module) -> Layout:
         """The order in which devices hold the tensors of a stage's model."""
@@ -64,7 +67,9 @@ class Target(Protocol):
     ) -> LoweredProgram:
         """A rewritten program over tensors by name; what it returns gets the names `results`."""
 
-    def lower_frozen(self, block: nn.Module, x: Tensor, calibration: Tensor | None = None) -> LoweredProgram:
+    def lower_frozen(
+        self, block: nn.Module, x: Tensor, calibration: Tensor | None = None, *, delegated: bool = True
+    ) -> LoweredProgram:
         """A block in evaluation mode with its weights inside, from one batch `x` to `features`.
 
         In int8, by a calibration sample, where the target can; else in float32.

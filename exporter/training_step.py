@@ -218,6 +218,18 @@ def trace_evaluation(stage: Stage, state: StageState, x: Tensor, rewrite: Rewrit
     return _trace(evaluate, {**inputs, "x": x}, rewrite)
 
 
+def trace_frozen(block: nn.Module, x: Tensor, rewrite: Rewrite) -> TracedProgram:
+    """Trace a block in evaluation mode with its weights inside: `x -> features`."""
+    block.eval()
+    prepare_parts(block, len(x))
+
+    def forward(tensors: Mapping[str, Tensor]) -> Results:
+        return {}, [block(tensors["x"])]
+
+    with torch.no_grad():
+        return _trace(forward, {"x": x}, rewrite)
+
+
 def _backward(
     stage: Stage,
     forward: Forward,

@@ -12,6 +12,8 @@ from typing import cast
 
 from torch import fx
 
+from frostline.exporter.part import base_of
+from frostline.exporter.rewrites.functional import written_by
 from frostline.exporter.tiles import split_name
 
 
@@ -26,14 +28,29 @@ def update_early(graph: fx.Graph, written: Sequence[str]) -> None:
         Parameters and what optimizers keep of them, in tiles where they are held so, and statistics.
     """
     position = {node: index for index, node in enumerate(graph.nodes)}
+    writes = _writes(graph)
     for nodes in _serving_one(graph, written).values():
         inputs = {source for node in nodes for source in node.all_input_nodes}
         # A result of several operators' is not the last of them: it must not be moved to before the others.
-        last = max(inputs - set(nodes), key=lambda node: position[node], default=None)
+        sources = inputs - set(nodes)
+        # What is written in place is read only after that.
+        bases = {base_of(node) for node in (*inputs, *nodes)} & writes.keys()
+        until = position[nodes[-1]]
+        sources |= {write for base in bases for write in writes[base] if position[write] < until}
+        last = max(sources, key=lambda node: position[node], default=None)
         if last is None or last.op == "placeholder":
             continue
         for node in reversed([node for node in nodes if position[node] > position[last]]):
             last.append(node)
+
+
+def _writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The operators that write to a value or to a view of it, by the value."""
+    found: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        for changed in written_by(node):
+            found[base_of(changed)].append(node)
+    return found
 
 
 def _serving_one(graph: fx.Graph, written: Sequence[str]) -> dict[str, list[fx.Node]]:

@@ -26,8 +26,14 @@ def attention(
     """
     products = _products(query, key, mask, causal, scale)
     largest = torch.amax(products, 2, keepdim=True)
+    if mask is not None:
+        # A position that may look nowhere, as one of padding, gets zeros: minus infinity less itself is no number.
+        largest = torch.clamp(largest, min=torch.finfo(products.dtype).min)
     powers = torch.exp(products - largest)
     sums = _row_sums(powers)
+    if mask is not None:
+        # The largest power is 1 otherwise.
+        sums = torch.clamp(sums, min=1.0)
     output = torch.bmm(powers, _matrices(value)) / sums
     logarithms = largest + torch.log(sums)
     return output.reshape(*query.shape[:3], -1), logarithms.reshape(query.shape[:3])

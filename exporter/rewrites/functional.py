@@ -69,7 +69,7 @@ def functional(
 
 def writes(graph: fx.GraphModule) -> bool:
     """Whether any operator of a graph changes a tensor in place."""
-    return any(_written(node) for node in graph.graph.nodes)
+    return any(written_by(node) for node in graph.graph.nodes)
 
 
 def _retraced(
@@ -110,11 +110,11 @@ def _writes_what_is_viewed(graph: fx.GraphModule) -> bool:
     Memory is then shared as it was when the graph was recorded: operators that were taken apart can return values that lie
     otherwise, of which views would be copies.
     """
-    written = {value for node in graph.graph.nodes for value in _written(node)}
+    written = {value for node in graph.graph.nodes for value in written_by(node)}
     return any(_is_view(value) or any(_is_view(user) for user in value.users) for value in written)
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written_by(node: fx.Node) -> list[fx.Node]:
     """The values that a node changes in place."""
     if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
         return []

@@ -208,6 +208,10 @@ def _averages(shape: Sequence[int], output: Sequence[int]) -> list[resampling.Ax
 
 def _adaptive_max_pool(arrange: Arranger, x: Value, output: Sequence[int]) -> Any:
     held = arrange.image(x)
+    if math.prod(output) == 1:
+        shape = [held.shape[0], held.shape[-1], *output]
+        places = Deferred(lambda: pooling.whole_max_places(held).reshape(shape))
+        return pooling.whole_max(held).reshape(shape), places
     windows = _dividing_windows(held, output)
     if windows is not None:
         return _with_places(held, windows)
@@ -217,6 +221,8 @@ def _adaptive_max_pool(arrange: Arranger, x: Value, output: Sequence[int]) -> An
 
 def _adaptive_max_pool_backward(arrange: Arranger, grad: Value, x: Value, indices: Any) -> Any:
     held = arrange.image(x)
+    if math.prod(grad.shape[2:]) == 1:
+        return image(pooling.whole_max_backward(arrange.plain(grad).reshape(grad.shape[:2]), held))
     windows = _dividing_windows(held, grad.shape[2:])
     if windows is not None:
         return image(pooling.max_pool_backward(arrange.image(grad), held, windows))

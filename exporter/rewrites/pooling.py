@@ -53,19 +53,43 @@ def _winners(x: Tensor, windows: Windows) -> list[Tensor]:
     """For each place in the windows 1.0 where it holds the first of the largest values, else 0.0: (N, *output, C)."""
     taps = windows.cut(x, LOWEST)
     largest = next(taps)
-    claims = [torch.ones_like(largest)]
+    wins = [torch.ones_like(largest)]
     for tap in taps:
         rise = torch.relu(tap - largest)
-        wins = is_positive(rise)
-        claims = [claim - claim * wins for claim in claims]
-        claims.append(wins)
-        largest = _either(wins, tap, largest) if windows.has_margins else largest + rise
-    return claims
+        wins.append(is_positive(rise))
+        largest = _either(wins[-1], tap, largest) if windows.has_margins else largest + rise
+    return _last_of(wins)
+
+
+def _last_of(wins: Sequence[Tensor]) -> list[Tensor]:
+    """1.0 for the last of some ones, 0.0 for the others."""
+    claims, free = [wins[-1]], 1 - wins[-1]
+    for won in reversed(wins[:-1]):
+        claims.append(won * free)
+        free = free - claims[-1]
+    return claims[::-1]
 
 
 def _either(first: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`a` where `first` is 1, `b` where it is 0: adding what a value rises by would lose it against `LOWEST`."""
     return a * first + b * (1 - first)
+
+
+def whole_max(x: Tensor) -> Tensor:
+    """The largest of all places of `x` (N, *spatial, C): (N, C)."""
+    return torch.amax(x.reshape(x.shape[0], -1, x.shape[-1]), 1)
+
+
+def whole_max_places(x: Tensor) -> Tensor:
+    """The place of one of the largest, counted over the pixels: int64 (N, C)."""
+    return torch.argmax(x.reshape(x.shape[0], -1, x.shape[-1]), 1)
+
+
+def whole_max_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Hand `grad` (N, C) to that place of `x`."""
+    places = whole_max_places(x).unsqueeze(1)
+    zeros = torch.zeros_like(x).reshape(x.shape[0], -1, x.shape[-1])
+    return zeros.scatter(1, places, grad.unsqueeze(1)).reshape(x.shape)
 
 
 def adaptive_max_pool(x: Tensor, output: Sequence[int]) -> Tensor:
@@ -118,13 +142,12 @@ def _adaptive_axis_backward(grad: Tensor, x: Tensor, axis: int) -> Tensor:
 
 def _claims(places: Sequence[Tensor]) -> list[Tensor]:
     """1.0 for the first of the largest values, 0.0 for the others."""
-    largest, claims = places[0], [torch.ones_like(places[0])]
+    largest, wins = places[0], [torch.ones_like(places[0])]
     for place in places[1:]:
         rise = torch.relu(place - largest)
-        wins = is_positive(rise)
-        claims = [*(claim - claim * wins for claim in claims), wins]
+        wins.append(is_positive(rise))
         largest = largest + rise
-    return claims
+    return _last_of(wins)
 
 
 def _spans(x: Tensor, axis: int, count: int) -> list[list[Tensor]]:

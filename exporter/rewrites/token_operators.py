@@ -186,7 +186,7 @@ def _embedding_bag_backward(
     per_sample: Tensor | None,
     padding: int = -1,
 ) -> Any:
-    if scale_by_frequency or sparse:
+    if scale_by_frequency:
         return NotImplemented
     bags = arrange.plain(grad)
     if mode == embedding.MAX:
@@ -332,6 +332,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten._softmax_backward_data.default: _along_last_backward(softmax.softmax_backward),
     aten._cdist_backward.default: _distances_backward,
     aten._embedding_bag.default: _embedding_bag,
+    aten._embedding_bag_forward_only.default: _embedding_bag,
     aten._embedding_bag_backward.default: _embedding_bag_backward,
     aten._embedding_bag_per_sample_weights_backward.default: _per_sample_weights_backward,
     aten._trilinear.default: _trilinear,

@@ -84,9 +84,9 @@ def compile_entry(entry: Entry, engine: str, *, timed: bool = True) -> Result:
     about: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "engine": engine}
     try:
         model = entry.model()
-        parameters = sum(each.numel() for each in model.parameters())
         blocks = entry.blocks if isinstance(entry.blocks, int) else list(entry.blocks)
         parts = cut(model, blocks, entry.example(2), entry.vocabulary, entry.classes)
+        parameters = sum(each.numel() for each in model.parameters())
         about |= {"parameters": parameters, "cut_seconds": round(time.process_time() - began, 2)}
         stages.extend(_stage(entry, parts, index, engine, timed=timed) for index in range(len(parts.blocks)))
     except FrostlineError as error:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tests.zoo.frames import FEATURES, WIDTH, on_images, on_series, on_tokens, on_vectors, on_volumes
+from tests.zoo.frames import FEATURES, WIDTH, on_images, on_series, on_tokens, on_vectors, on_volumes, refused
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -119,7 +119,8 @@ ENTRIES = (
     on_images(
         "batch_norm_momentum_none",
         lambda: nn.BatchNorm2d(WIDTH, momentum=None),
-        notes="the mean of all batches",
+        expected=refused("momentum"),
+        notes="the mean of all batches: an int64 count that a step reads",
     ),
     on_images(
         "batch_norm_momentum_zero", lambda: nn.BatchNorm2d(WIDTH, momentum=0.0), frozen=("layer.running",)

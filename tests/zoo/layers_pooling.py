@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.frames import WIDTH, function_on, on_images, on_series, on_tokens, on_volumes
+from tests.zoo.frames import WIDTH, function_on, on_images, on_series, on_tokens, on_volumes, refused
 
 
 class Unpooled(nn.Module):
@@ -78,7 +78,10 @@ ENTRIES = (
     on_images("lp_pool", lambda: nn.LPPool2d(2, 3, stride=2), notes="the root has no slope at zero"),
     on_series("lp_pool_1d", lambda: nn.Sequential(nn.Softplus(), nn.LPPool1d(1.5, 2))),
     on_images(
-        "fractional_max_pool", lambda: nn.FractionalMaxPool2d(2, output_size=7), notes="random windows"
+        "fractional_max_pool",
+        lambda: nn.FractionalMaxPool2d(2, output_size=7),
+        expected=refused("evaluation"),
+        notes="random windows, in evaluation too",
     ),
     on_images("avg_pool", lambda: nn.AvgPool2d(2)),
     on_images("avg_pool_padded", lambda: nn.AvgPool2d(3, stride=2, padding=1)),

@@ -196,9 +196,17 @@ ENTRIES = (
     on_images("noise_rand", UniformNoise),
     on_vectors("noise_normal_in_place", InPlaceNoise),
     on_vectors("noise_exponential", ExponentialNoise),
-    on_vectors("gumbel_softmax", lambda: GumbelGate(hard=False), notes="random in evaluation too, by intent"),
     on_vectors(
-        "gumbel_softmax_hard", lambda: GumbelGate(hard=True), notes="random in evaluation too, by intent"
+        "gumbel_softmax",
+        lambda: GumbelGate(hard=False),
+        expected=refused("evaluation"),
+        notes="random in evaluation too",
+    ),
+    on_vectors(
+        "gumbel_softmax_hard",
+        lambda: GumbelGate(hard=True),
+        expected=refused("evaluation"),
+        notes="random in evaluation too",
     ),
     on_vectors("reparameterized", Reparameterized),
 )

@@ -1,0 +1,105 @@
+"""Finds what in a model does not do the same when the same batch comes again.
+
+A compiled step is a function of its tensors, its batch and its seed, an evaluation of its tensors and its batch. A count in a
+Python attribute, random numbers of Python's, and random numbers drawn in evaluation are neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from frostline.exporter.capture import authors_mode
+from frostline.exporter.dropout import SeededDropout
+from frostline.exporter.semantics import close, copies_of
+
+Returned = list[tuple[str, list[Tensor]]]
+"""What each call returned, in the order they ended: the child's qualified name and the tensors."""
+
+
+def unsteady(module: nn.Module, x: Tensor, *, training: bool) -> str:
+    """Say where a model that returned other values for the same batch does so, and why.
+
+    Parameters
+    ----------
+    module
+        It is run again; its tensors stay as they are.
+    training
+        The mode in which it was seen.
+    """
+    before = _attributes(module)
+    one, two = (_returned(module, x, seed, training=training) for seed in (0, 1))
+    changed = {name: key for name, key in before if _attributes(module)[name, key] != before[name, key]}
+    again = _returned(module, x, 1, training=training)
+    path = _first_difference(one, two)
+    where = f"module '{path}'" if path else "the model's own forward"
+    if not training and _first_difference(two, again) is None:
+        return (
+            f"{where} draws random numbers in evaluation, too, where a model is a fixed function: draw them in training only, "
+            "as F.dropout(x, p, self.training) does"
+        )
+    if path in changed:
+        return (
+            f"{where} counts in its attribute {changed[path]!r}, so that the same batch gives other values when it comes again: "
+            "devices keep tensors only between steps; make it a float buffer"
+        )
+    return (
+        f"{where} returns other values when the same batch comes again, as with random numbers of Python's or NumPy's: a "
+        "compiled step knows those of PyTorch only, such as torch.rand"
+    )
+
+
+def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """The plain values that modules hold, by qualified name and attribute."""
+    return {
+        (name, key): value
+        for name, child in module.named_modules()
+        for key, value in vars(child).items()
+        if isinstance(value, int | float | str) and key != "training"
+    }
+
+
+def _returned(module: nn.Module, x: Tensor, seed: int, *, training: bool) -> Returned:
+    """What each call of a child returned, the random numbers of training those of one seed."""
+    found: Returned = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(authors_mode(module, training=training))
+        stack.enter_context(_hearing(module, found))
+        if training:
+            stack.enter_context(SeededDropout(torch.tensor(1.0)))
+        torch.default_generator.manual_seed(0 if training else seed)
+        functional_call(module, copies_of(module), (x.clone(),), tie_weights=False)
+    return found
+
+
+@contextlib.contextmanager
+def _hearing(module: nn.Module, found: Returned) -> Iterator[None]:
+    def hear(name: str, result: Any) -> None:
+        tensors = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
+        found.append((name, [each.detach().clone() for each in tensors]))
+
+    handles = [
+        child.register_forward_hook(lambda _module, _inputs, result, name=name: hear(name, result))
+        for name, child in module.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_difference(one: Returned, two: Returned) -> str | None:
+    """The child whose call is the first to return other values; None without any."""
+    for (name, ours), (_, theirs) in zip(one, two, strict=False):
+        if len(ours) != len(theirs) or not all(map(close, ours, theirs)):
+            return name
+    return None if len(one) == len(two) else ""

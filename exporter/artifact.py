@@ -135,7 +135,9 @@ def checked(
     """Run a stage's artifact as a device does, and compare it with eager PyTorch."""
     values = {**trainable_tensors(stage), **statistics_tensors(stage)}
     with device_session(manifest, files, values) as session:
-        parity = check_parity(stage, options, variant.micro_batches, partial(train_on_device, session))
+        parity = check_parity(
+            stage, options, variant.micro_batches, partial(train_on_device, session, values)
+        )
         session.load(arrays(values))
         check_evaluation(stage, options, variant.micro_batches, session)
     return parity

@@ -19,8 +19,8 @@ from frostline.exporter.boundaries import Layout, automatic_ends, most_blocks
 from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, is_size, place_of, raised_at
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.part import Boundary, Captures, Feature, Part, Span, handed_on, register, tensors_of
-from frostline.exporter.semantics import Observation, check_same, close, observe
-from frostline.exporter.steadiness import unsteady
+from frostline.exporter.semantics import Differs, Observation, check_same, close, observe
+from frostline.exporter.steadiness import own_gradients, unsteady
 from frostline.exporter.support import check_model
 from frostline.protocol.errors import UsageError, first_line
 
@@ -150,11 +150,28 @@ class Cutter:
             _check_order(boundaries, ends)
         parts = _assemble(self._captures, layout, boundaries, ends, self._vocabulary, self._whole)
         try:
-            check_same(self._whole, _Chain(module, parts), self._x, type(module).__name__)
+            check_same(self._whole, _Chain(module, parts), self._x)
+        except Differs as difference:
+            raise _hidden(module, self._x, str(difference)) from difference
         finally:
             for part in _modules(parts):
                 part.train(module.training)
         return parts
+
+
+def _hidden(module: nn.Module, x: Tensor, difference: str) -> UsageError:
+    """The refusal of a model that does something that the export does not see."""
+    title = type(module).__name__
+    where = own_gradients(module, x)
+    if where is not None:
+        return UsageError(
+            f"model {title} cannot be cut: {where}, which a compiled step would not do ({difference}). Write it in plain "
+            "operators: x + (f(x) - x).detach() has the value of f and the gradient of x"
+        )
+    return UsageError(
+        f"model {title} cannot be cut: {difference}. What it does there is hidden from the export, such as state outside of its "
+        "tensors; write it in plain operators"
+    )
 
 
 def _batch_like(example: Tensor, vocabulary: int | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The check before an artifact ships: its programs, run by the device's own code, against eager PyTorch in float64.
 
-How far rounding alone carries a model is measured, not guessed: eager float32 takes the same steps, once on the same batches
-and once on batches that differ by their last bits. A program may be off by a few times as much as those are, tensor by
+How far rounding alone carries a model is measured, not guessed: eager float32 takes the same steps, on the same batches and
+on batches that differ by their last bits. A program may be off by a few times as much as those are, tensor by
 tensor and step by step. A deep network with batch norm and ReLU amplifies a last bit to a tenth of a tensor's movement within
 a few steps, and a mean that a norm takes out again moves by rounding alone; a wrong kernel or a wrong rewrite shows in the
 first step already.
@@ -58,6 +58,10 @@ ALL_ROUNDING = 100.0
 """The same for tensors that eager float32 is off by more than they move at all: they say nothing about a program."""
 LAST_BITS = 3e-7
 """Size of the noise, relative to the input, that shows how a model amplifies rounding."""
+DRAWS = 3
+"""Random batches that are tried before a program that is a little off is refused."""
+NEAR_A_KINK = 0.05
+"""Error of a tensor, relative to its movement, that a single activation on the other side of a kink may make."""
 VALUE_TOLERANCE = 1e-6
 """Error let through of a tensor, relative to its own norm: rounding is 6e-8 of a value a step."""
 VANISHING = 1e-6
@@ -100,8 +104,8 @@ class Trained:
 
 
 Train = Callable[[Steps], Iterator[tuple[float, Mapping[str, Tensor]]]]
-"""Takes steps in the runtime at `LEARNING_RATE`, the seeds of dropout 0, 1, 2 ...; after each its loss, and the parameters
-and statistics in the model's order."""
+"""Takes steps in the runtime from the first weights at `LEARNING_RATE`, the seeds of dropout 0, 1, 2 ...; after each its loss,
+and the parameters and statistics in the model's order."""
 
 
 def check_parity(stage: Stage, options: ExportOptions, micro_batches: int, train: Train) -> Parity:
@@ -112,7 +116,24 @@ def check_parity(stage: Stage, options: ExportOptions, micro_batches: int, train
     RunError
         Naming the stage, the step and what differs most; or that the stage trains nothing, or diverges at once.
     """
-    batches = [_random_batch(stage, options, seed) for seed in range(STEPS)]
+    for draw in range(DRAWS):
+        try:
+            return _checked(stage, options, micro_batches, train, draw)
+        except _Off as off:
+            # Near a kink rounding may take a program another way than eager float32; a wrong one is off on any batch.
+            if not off.error <= NEAR_A_KINK or draw + 1 == DRAWS:
+                raise RunError(str(off)) from None
+    raise AssertionError("one draw is the last")
+
+
+class _Off(Exception):
+    def __init__(self, message: str, error: float) -> None:
+        super().__init__(message)
+        self.error = error
+
+
+def _checked(stage: Stage, options: ExportOptions, micro_batches: int, train: Train, draw: int) -> Parity:
+    batches = [_random_batch(stage, options, draw * STEPS + step) for step in range(STEPS)]
     parts = [list(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)) for x, y in batches]
     optimizer = options.optimizer
     exact = train_eagerly(stage, optimizer, parts, LEARNING_RATE)
@@ -132,10 +153,12 @@ def check_parity(stage: Stage, options: ExportOptions, micro_batches: int, train
         )
         worst = max(found, key=lambda name: _by_limit(found[name]))
         if not (loss_error <= loss_limit and _by_limit(found[worst]) <= 1):
-            raise RunError(
+            raise _Off(
                 f"stage {stage.name!r}: the {options.target.engine} program does not train as eager PyTorch does: in step "
                 f"{step} the loss is off by {loss_error:.1e}, tensor {worst!r} by {found[worst].error:.1e} of its movement, "
-                f"where rounding explains {found[worst].limit:.1e}"
+                f"where rounding explains {found[worst].limit:.1e}",
+                # The sum of a number and none is none.
+                found[worst].error + loss_error,
             )
         # A not-a-number would not be the larger one.
         parity = Parity(
@@ -213,8 +236,11 @@ def device_session(
         yield session
 
 
-def train_on_device(session: TrainingSession, steps: Steps) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Train as a device does, as `check_parity` asks for."""
+def train_on_device(
+    session: TrainingSession, tensors: Mapping[str, Tensor], steps: Steps
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Train as a device does, from parameters and statistics by name, as `check_parity` asks for."""
+    session.load({name: each.numpy() for name, each in tensors.items()})
     for parts in steps:
         loss, _ = session.step([(x.numpy(), y.numpy()) for x, y in parts], LEARNING_RATE)
         yield loss, {name: torch.from_numpy(np.array(each)) for name, each in session.trained().items()}

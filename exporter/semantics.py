@@ -14,7 +14,6 @@ from torch.func import functional_call
 from frostline.exporter.capture import authors_mode
 from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.part import tensors_of
-from frostline.protocol.errors import UsageError
 
 TOLERANCE = 1e-3
 """Largest difference let through, relative to the norm of what is compared: the same operators in float32 are within 1e-5."""
@@ -109,28 +108,25 @@ def _plain() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def check_same(whole: Observation, parts: nn.Module, x: Tensor, title: str) -> None:
+class Differs(Exception):
+    """What a model's parts do otherwise than it does, in words."""
+
+
+def check_same(whole: Observation, parts: nn.Module, x: Tensor) -> None:
     """Check that a model's parts, one after another, do with a batch what the model did.
 
     Raises
     ------
-    UsageError
+    Differs
         Naming what differs: the outputs, a parameter's gradient or a buffer.
     """
     found = observe(parts, x)
-
-    def refuse(what: str) -> UsageError:
-        return UsageError(
-            f"model {title} cannot be cut: {what}. What it does there is hidden from the export, such as a gradient of its "
-            "own (autograd.Function) or state outside of its tensors; write it in plain operators"
-        )
-
     for mode, ours, theirs in (
         ("training", found.outputs, whole.outputs),
         ("evaluation", found.evaluated, whole.evaluated),
     ):
         if not close(ours, theirs):
-            raise refuse(f"in {mode} its parts return other values than it does")
+            raise Differs(f"in {mode} its parts return other values than it does")
     norms = [float(each.norm()) for each in whole.gradients.values()]
     largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
     for name in sorted({*whole.gradients, *found.gradients}):
@@ -141,13 +137,13 @@ def check_same(whole: Observation, parts: nn.Module, x: Tensor, title: str) -> N
                 if our_gradient is None
                 else ("its parts", "the model does not")
             )
-            raise refuse(f"{trains} train {name!r}, {does_not}")
+            raise Differs(f"{trains} train {name!r}, {does_not}")
         if not close(our_gradient, gradient, FLOOR * largest):
-            raise refuse(f"the gradient of {name!r} is another one in its parts")
+            raise Differs(f"the gradient of {name!r} is another one in its parts")
     for name in sorted({*whole.written, *found.written}):
         our_value, value = found.written.get(name), whole.written.get(name)
         if our_value is None or value is None or not close(our_value.float(), value.float()):
-            raise refuse(f"buffer {name!r} takes other values in its parts")
+            raise Differs(f"buffer {name!r} takes other values in its parts")
 
 
 def close(ours: Tensor, theirs: Tensor, floor: float = FLOOR) -> bool:

@@ -100,7 +100,7 @@ class Stage:
         self.before.eval()
         with torch.no_grad():
             features: Tensor = self.before(x)
-        return features
+        return features.contiguous()
 
 
 def build_stage(

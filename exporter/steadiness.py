@@ -1,7 +1,8 @@
-"""Finds what in a model does not do the same when the same batch comes again.
+"""Finds what a model does beside its operators, which a compiled step would not do.
 
 A compiled step is a function of its tensors, its batch and its seed, an evaluation of its tensors and its batch. A count in a
-Python attribute, random numbers of Python's, and random numbers drawn in evaluation are neither.
+Python attribute, random numbers of Python's, and random numbers drawn in evaluation are neither. Its gradients are those of
+its operators: a hook's, or those that an `autograd.Function` says, are not.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -103,3 +105,52 @@ def _first_difference(one: Returned, two: Returned) -> str | None:
         if len(ours) != len(theirs) or not all(map(close, ours, theirs)):
             return name
     return None if len(one) == len(two) else ""
+
+
+def own_gradients(module: nn.Module, x: Tensor) -> str | None:
+    """Say where a model has gradients that its operators do not say; None where no place is found.
+
+    Parameters
+    ----------
+    module
+        It is run once in training; its tensors stay as they are.
+    """
+    found = [
+        f"module '{name}' has a backward hook"
+        for name, child in module.named_modules()
+        if child._backward_hooks or child._backward_pre_hooks
+    ]
+    found += _heard_in_forward(module, x)
+    return found[0] if found else None
+
+
+def _heard_in_forward(module: nn.Module, x: Tensor) -> list[str]:
+    """Functions with gradients of their own, and hooks on tensors, by the child that calls them."""
+    found: list[str] = []
+    running: list[str] = []
+    apply, register_hook = torch.autograd.Function.apply.__func__, Tensor.register_hook  # type: ignore[attr-defined]
+
+    def here() -> str:
+        return f"module '{running[-1]}'" if running and running[-1] else "the model's own forward"
+
+    def applied(function: Any, *arguments: Any, **options: Any) -> Any:
+        if not function.__module__.startswith("torch."):
+            found.append(f"{here()} has gradients of its own ({function.__name__}, an autograd.Function)")
+        return apply(function, *arguments, **options)
+
+    def hooked(tensor: Tensor, hook: Any) -> Any:
+        found.append(f"{here()} has a hook on a tensor's gradient")
+        return register_hook(tensor, hook)
+
+    with contextlib.ExitStack() as stack:
+        for name, child in module.named_modules():
+            handle = child.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+            stack.callback(handle.remove)
+            handle = child.register_forward_hook(lambda *_: running.pop() and None, always_call=True)
+            stack.callback(handle.remove)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(authors_mode(module, training=True))
+        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(applied)))
+        stack.enter_context(mock.patch.object(Tensor, "register_hook", hooked))
+        functional_call(module, copies_of(module), (x.clone(),), tie_weights=False)
+    return found

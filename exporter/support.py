@@ -107,6 +107,7 @@ def check_model(module: nn.Module, x: Tensor) -> None:
             f"model {title} takes {len(required)} inputs ({', '.join(required)}): make its forward take one tensor"
         )
     _check_made(module)
+    _check_hooks(module)
     check_dtypes(module)
     for name, child in module.named_modules():
         if isinstance(child, _NormBase) and child.track_running_stats and child.momentum is None:
@@ -147,6 +148,15 @@ def _check_made(module: nn.Module) -> None:
             raise UsageError(
                 f"module {name.rpartition('.')[0]!r} does not know its shape yet, as lazy layers do until they have seen a "
                 "batch: run the model on one before it is exported"
+            )
+
+
+def _check_hooks(module: nn.Module) -> None:
+    for name, tensor in module.named_parameters():
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            raise UsageError(
+                f"tensor {name!r} of model {type(module).__name__} has a hook on its gradient, which devices would not run: "
+                "write it in the forward pass, such as a mask that the tensor is multiplied by"
             )
 
 

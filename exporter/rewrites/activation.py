@@ -122,14 +122,34 @@ def mish(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * share, share + x * (1 - share * share) * (power / (power + 1))
 
 
-def softplus(x: Tensor, beta: float) -> Tensor:
-    """log(1 + exp(beta * x)) / beta."""
-    return torch.relu(x) + torch.log(torch.exp(torch.abs(x) * -beta) + 1) * (1 / beta)
+def exp2(x: Tensor) -> Tensor:
+    """2 to the power of `x`."""
+    return torch.exp(x * math.log(2))
 
 
-def softplus_backward(grad: Tensor, x: Tensor, beta: float) -> Tensor:
-    """`grad` times a sigmoid."""
-    return grad * torch.sigmoid(x * beta)
+def hypot(a: Tensor, b: Tensor) -> Tensor:
+    """The length of a hypotenuse."""
+    return torch.sqrt(a * a + b * b)
+
+
+WITHIN_ROUNDING = 16.0
+"""Where softplus is the input itself in float32: exp(-16) is 1e-7."""
+
+
+def softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
+    """log(1 + exp(beta * x)) / beta; the input itself where `beta * x` is beyond a threshold."""
+    curve = torch.relu(x) + torch.log(torch.exp(torch.abs(x) * -beta) + 1) * (1 / beta)
+    if threshold >= WITHIN_ROUNDING:
+        return curve
+    return curve + (x - curve) * is_positive(torch.relu(x * beta - threshold))
+
+
+def softplus_backward(grad: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    """`grad` times a sigmoid, or 1 beyond the threshold."""
+    slope = torch.sigmoid(x * beta)
+    if threshold < WITHIN_ROUNDING:
+        slope = slope + (1 - slope) * is_positive(torch.relu(x * beta - threshold))
+    return grad * slope
 
 
 def gelu(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Which operators are taken apart before a graph is lowered to ExecuTorch, by PyTorch's own decompositions."""
+"""Which operators are taken apart before a graph is lowered to ExecuTorch: by PyTorch's decompositions, or our own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
 
+from frostline.exporter.decompositions.table import DECOMPOSITIONS
 from frostline.exporter.executorch_lowering import kernel_names
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ _REFERENCES = (
 
 @cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Those into core ATen, and those of operators that the runtime has no kernel for."""
+    """Those into core ATen, and those of operators that the runtime has no kernel for, our own last."""
     known = {name.partition(".")[0] for name in kernel_names()}
     without_kernel = {
         operator: function
@@ -35,4 +36,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         and not operator._schema.is_mutable
         and not {operator._schema.name, f"{operator._schema.name}_copy"} & known
     }
-    return {**without_kernel, **core_aten_decompositions()}
+    ours = {
+        operator: function
+        for operator, function in DECOMPOSITIONS.items()
+        if not {operator._schema.name, f"{operator._schema.name}_copy"} & known
+    }
+    return {**ours, **without_kernel, **core_aten_decompositions()}

@@ -149,12 +149,11 @@ def _leaky_relu_backward(arrange: Arranger, grad: Value, x: Value, slope: float,
 
 
 def _softplus(arrange: Arranger, x: Value, beta: float = 1, threshold: float = 20) -> Any:
-    # Beyond the threshold PyTorch takes the input itself, within rounding.
-    return _smooth_relu(arrange, x, beta)
+    return _smooth_relu(arrange, x, beta, threshold)
 
 
 def _softplus_backward(arrange: Arranger, grad: Value, x: Value, beta: float, threshold: float) -> Any:
-    return _smooth_relu_backward(arrange, grad, x, beta)
+    return _smooth_relu_backward(arrange, grad, x, beta, threshold)
 
 
 def _sum(
@@ -240,6 +239,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten._prelu_kernel.default: _elementwise(activation.prelu),
     aten._prelu_kernel_backward.default: _elementwise(activation.prelu_backward),
     aten.elu_backward.default: _elementwise(activation.elu_backward),
+    aten.exp2.default: _elementwise(activation.exp2),
     aten.expand.default: _expand,
     aten.gelu.default: _gelu,
     aten.gelu_backward.default: _gelu_backward,
@@ -248,6 +248,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten.hardsigmoid_backward.default: _elementwise(activation.hard_sigmoid_backward),
     aten.hardtanh.default: _clip,
     aten.hardtanh_backward.default: _clip_backward,
+    aten.hypot.default: _binary(activation.hypot),
     aten.leaky_relu_backward.default: _leaky_relu_backward,
     aten.mean.dim: _mean,
     aten.pow.Tensor_Scalar: _elementwise(_power),

@@ -83,9 +83,7 @@ def _attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     key, value = _for_each_head(query, key), _for_each_head(query, value)
-    mask, seeing = _mask(attn_mask)
-    output, logarithms = attention.attention(query, key, value, mask, causal, _scale(query, scale))
-    return output if seeing is None else output * seeing, logarithms
+    return attention.attention(query, key, value, attn_mask, causal, _scale(query, scale))
 
 
 def _attention_backward(
@@ -101,15 +99,14 @@ def _attention_backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask, seeing = _mask(attn_mask)
     grad_query, *grads = attention.attention_backward(
-        grad if seeing is None else grad * seeing,
+        grad,
         query,
         _for_each_head(query, key),
         _for_each_head(query, value),
         output,
         logarithms,
-        mask,
+        attn_mask,
         causal,
         _scale(query, scale),
     )
@@ -124,14 +121,6 @@ def _for_each_head(query: Tensor, x: Tensor) -> Tensor:
     """Keys or values (N, H', S, d) that several heads of `query` (N, H, T, d) share, for each of those."""
     shared = query.shape[1] // x.shape[1]
     return x if shared == 1 else x.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2)
-
-
-def _mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A finite mask, and 1 for the rows that see something: PyTorch returns zeros for the others."""
-    if mask is None:
-        return None, None
-    seeing = (mask > attention.MASKED).any(-1, keepdim=True).to(mask.dtype)
-    return torch.clamp(mask, min=attention.MASKED), seeing
 
 
 def _scale(query: Tensor, scale: float | None) -> float:

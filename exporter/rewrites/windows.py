@@ -54,6 +54,10 @@ class Windows:
 
         As many as fit, or `output` of them.
         """
+        # PyTorch takes one number for all axes.
+        stride, padding, dilation = (
+            [*each] * len(spatial) if len(each) == 1 else each for each in (stride, padding, dilation)
+        )
         axes = zip(spatial, kernel, stride, padding, dilation, strict=True)
         fitting = [_positions(*axis, ceil_mode=ceil_mode) for axis in axes]
         output = fitting if output is None else list(output)

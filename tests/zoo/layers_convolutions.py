@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.zoo.entry import Refusal
 from tests.zoo.frames import (
     CLASSES,
     FEATURES,
@@ -150,6 +151,12 @@ ENTRIES = (
     on_images("involution", Involution),
     on_vectors("linear_no_bias", lambda: nn.Linear(FEATURES, 7, bias=False), out=7),
     on_tokens("linear_on_tokens", lambda: nn.Linear(FEATURES, 24), out=24),
-    whole("lazy_modules", _lazy, (3, 12, 12), notes="the weights are made by the first batch"),
+    whole(
+        "lazy_modules",
+        _lazy,
+        (3, 12, 12),
+        expected=Refusal(("'0'", "batch")),
+        notes="the weights are made by the first batch",
+    ),
     whole("lazy_modules_after_a_dry_run", _lazy_after_a_dry_run, (3, 12, 12)),
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from tests.zoo.entry import Refusal
 from tests.zoo.frames import CLASSES, FEATURES, WIDTH, on_images, on_vectors, refused, whole
 
 IMAGE = (3, 12, 12)
@@ -319,16 +320,25 @@ ENTRIES = (
     on_vectors("forward_hook", _hooked),
     on_vectors("forward_hook_that_records", _recording),
     on_vectors("forward_pre_hook", _pre_hooked),
-    on_vectors("backward_hook", _backward_hooked, notes="scales gradients; else a refusal that says hook"),
+    on_vectors("backward_hook", _backward_hooked, expected=refused("hook"), notes="scales gradients"),
     on_vectors(
-        "gradient_hook", _gradient_hooked, notes="masks a weight's gradient; else a refusal that says hook"
+        "gradient_hook",
+        _gradient_hooked,
+        expected=Refusal(("layer.weight", "hook")),
+        notes="masks a weight's gradient",
     ),
-    on_vectors("activation_hook", ScaledGradient, notes="halves the gradient; else a refusal that says hook"),
+    on_vectors("activation_hook", ScaledGradient, expected=refused("hook"), notes="halves the gradient"),
     on_vectors(
-        "gradient_reversal", GradientReversal, notes="a Function of autograd with a backward of its own"
+        "gradient_reversal",
+        GradientReversal,
+        expected=refused("autograd.Function"),
+        notes="a backward of its own",
     ),
     on_vectors(
-        "binary_linear", lambda: BinaryLinear(FEATURES, FEATURES), notes="straight-through, two Functions"
+        "binary_linear",
+        lambda: BinaryLinear(FEATURES, FEATURES),
+        expected=refused("autograd.Function"),
+        notes="straight-through, two Functions",
     ),
     on_vectors("rounded_linear", lambda: RoundedLinear(FEATURES, FEATURES)),
     on_vectors("parametrization", _symmetric),

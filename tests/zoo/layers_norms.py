@@ -161,6 +161,7 @@ ENTRIES = (
     on_vectors(
         "orthogonal",
         lambda: parametrizations.orthogonal(nn.Linear(FEATURES, FEATURES, bias=False)),
+        expected=refused("linalg_matrix_exp"),
         notes="exp of a matrix",
     ),
     on_images("weight_standardization", lambda: StandardizedConv2d(WIDTH, WIDTH, 3, padding=1)),

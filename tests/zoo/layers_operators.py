@@ -274,7 +274,7 @@ ENTRIES = (
     function_on(on_vectors, "divisions", _divisions),
     function_on(on_vectors, "powers", _powers),
     function_on(on_vectors, "angles", _angles),
-    function_on(on_vectors, "special_functions", _special),
+    function_on(on_vectors, "special_functions", _special, expected=refused("use another layer")),
     function_on(on_vectors, "rounding", _rounded),
     function_on(on_vectors, "comparisons", _compared),
     function_on(on_tokens, "products", _products),

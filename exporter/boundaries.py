@@ -8,10 +8,11 @@ too uneven. Among the ends of a depth the largest block is made as cheap as poss
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +22,7 @@ from frostline.exporter.capture import (
     Capture,
     calls_of,
     enter_grad_mode,
+    is_size,
     is_tensor,
     is_view,
     leave_grad_mode,
@@ -100,7 +102,8 @@ class Layout:
         self.steps = [self._step(node, tensors, trained) for node in nodes]
         self.in_region = _regions(nodes)
         self.crossings = self._crossings()
-        self._found: dict[int, bool] = {}
+        self._boundaries: dict[int, Boundary] = {}
+        self._lasts: dict[int, bool] = {}
 
     def _last_use(self, node: fx.Node, later: int) -> int:
         uses = (later if user.op == "output" else self.position[user] for user in readers(node))
@@ -138,9 +141,18 @@ class Layout:
 
     def boundary(self, last: int) -> Boundary:
         """The place behind a step, as it is found again in other captures."""
+        if last not in self._boundaries:
+            lasting = self._after(last, self._lasting)
+            # What runs in training only names a place where nothing else does.
+            found = lasting.is_in(self._evaluated)
+            self._boundaries[last] = lasting if found else self._after(last, None)
+        return self._boundaries[last]
+
+    def _after(self, last: int, known: Collection[Call] | None) -> Boundary:
+        """The place behind a step, by the last of the known calls that ended by then."""
         name, times = name_of(self.steps[last].node), 0
         for index in range(last, -1, -1):
-            ended = self._ended(index)
+            ended = self._ended(index, known)
             if ended is not None:
                 return replace(self.behind(ended), operators=(name,) * times)
             times += name_of(self.steps[index].node) == name
@@ -155,17 +167,17 @@ class Layout:
 
     def lasts(self, last: int) -> bool:
         """Whether the place behind a step is there in evaluation, too."""
-        if last not in self._found:
-            boundary = self.boundary(last)
-            self._found[last] = boundary.is_in(self._evaluated)
-        return self._found[last]
+        if last not in self._lasts:
+            self._lasts[last] = self.boundary(last).is_in(self._evaluated)
+        return self._lasts[last]
 
-    def _ended(self, index: int) -> Call | None:
+    def _ended(self, index: int, known: Collection[Call] | None) -> Call | None:
         """The outermost call, but for the model's own, that ends with a step."""
         here = calls_of(self.steps[index].node)[1:]
         following = self.steps[index + 1].node if index + 1 < len(self.steps) else None
         after = calls_of(following) if following is not None else []
-        return next((call for call in here if call not in after), None)
+        ended = (call for call in here if call not in after)
+        return next((call for call in ended if known is None or call in known), None)
 
     @cached_property
     def shared(self) -> dict[str, tuple[int, int]]:
@@ -216,7 +228,7 @@ def automatic_ends(layout: Layout, count: int) -> list[int]:
             found.append(_of_one_depth(layout, ends, count))
     if found:
         # Fewer values are better, unless nearly all of the model lies between the places that they cross.
-        limit = UNEVEN * min(_dearest(layout, ends) for ends in found)
+        limit = _limit(layout, min(_dearest(layout, ends) for ends in found))
         return next(ends for ends in found if _dearest(layout, ends) <= limit)
     best = max(
         (_candidates(layout, values) for values in range(1, MOST_VALUES + 1)),
@@ -235,7 +247,7 @@ def _of_one_depth(layout: Layout, ends: list[int], count: int) -> list[int]:
     *inner, last = ends
     depth = {end: _depth(layout, end) for end in inner}
     best = _cheapest_partition(layout, ends, count)
-    limit = UNEVEN * _dearest(layout, best)
+    limit = _limit(layout, _dearest(layout, best))
     for deepest in sorted(set(depth.values())):
         at_depth = [*(end for end in inner if depth[end] <= deepest), last]
         if _most_blocks(layout, at_depth) >= count:
@@ -243,6 +255,13 @@ def _of_one_depth(layout: Layout, ends: list[int], count: int) -> list[int]:
             if _dearest(layout, found) <= limit:
                 return found
     return best
+
+
+def _limit(layout: Layout, cheapest: int) -> float:
+    """How dear the largest block may be where it could be as cheap as that."""
+    whole = sum(layout.cost(index) for index in range(len(layout.steps)))
+    # Of two blocks, one that holds nearly everything is not twice as dear as half of it.
+    return min(UNEVEN * cheapest, (cheapest + whole) / 2)
 
 
 def _depth(layout: Layout, end: int) -> tuple[bool, int]:
@@ -256,11 +275,9 @@ def _depth(layout: Layout, end: int) -> tuple[bool, int]:
 
 
 def _dearest(layout: Layout, ends: Sequence[int]) -> int:
-    starts = [0, *(end + 1 for end in ends[:-1])]
-    return max(
-        sum(layout.cost(index) for index in range(start, end + 1))
-        for start, end in zip(starts, ends, strict=True)
-    )
+    """What the dearest block costs, the last one with the head that is trained behind it."""
+    bounds = [0, *(end + 1 for end in ends[:-1]), len(layout.steps)]
+    return max(sum(layout.cost(index) for index in range(start, stop)) for start, stop in pairwise(bounds))
 
 
 def _candidates(layout: Layout, values: int) -> list[int]:
@@ -307,7 +324,9 @@ def _is_candidate(layout: Layout, end: int, values: int, dimensions: int) -> boo
     crossing = layout.crossings[end]
     if not 1 <= len(crossing) <= values or layout.in_region[end] or layout.made.source in crossing:
         return False
-    if layout.steps[end].node not in crossing:
+    node = layout.steps[end].node
+    # What is made of nothing, such as a first hidden state, belongs to what reads it.
+    if node not in crossing or all(map(is_size, node.all_input_nodes)):
         return False
     features = layout.features(end)
     if features is None or any(first <= end < last for first, last in layout.shared.values()):
@@ -318,12 +337,15 @@ def _is_candidate(layout: Layout, end: int, values: int, dimensions: int) -> boo
 
 def _pools_all(layout: Layout, node: fx.Node) -> bool:
     """Whether a step pools all places of the features, as classifiers do."""
-    name = name_of(node)
+    # Maxima come with their places: the step is what takes them from the pooling.
+    pooling = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(pooling, fx.Node)
+    name = name_of(pooling)
     if name.startswith("adaptive_"):
         return math.prod(node.meta["val"].shape[2:]) == 1 or _flattened_behind(layout, node)
     if name not in _POOLS and not name.startswith("avg_pool"):
         return False
-    before = next((shape_of(each) for each in node.all_input_nodes if is_tensor(each)), ())
+    before = next((shape_of(each) for each in pooling.all_input_nodes if is_tensor(each)), ())
     lengths = [length for length in shape_of(node)[1:] if length != 1]
     return len(lengths) <= 1 < len([length for length in before[1:] if length != 1])
 
@@ -350,7 +372,8 @@ def _only_rearranges(step: Step) -> bool:
     """Whether a step only hands on what it is given, or in another number of axes: it belongs to what reads it."""
     before = [shape_of(each) for each in step.node.all_input_nodes if is_tensor(each)]
     changes = any(len(shape) != len(shape_of(step.node)) for shape in before)
-    return not step.tensors and (changes or is_view(step.node))
+    picks = step.node.target is operator.getitem
+    return not step.tensors and not picks and (changes or is_view(step.node))
 
 
 def _splits_operator(layout: Layout, end: int) -> bool:

@@ -251,7 +251,7 @@ def test_an_operator_agrees_with_pytorch(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("function", "operator"),
-    [(torch.erfinv, "erfinv"), (lambda x: x.cummax(1)[0], "cummax"), (torch.lgamma, "lgamma")],
+    [(torch.erfinv, "erfinv"), (torch.lgamma, "lgamma"), (torch.special.i0, "i0")],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_operator_without_a_kernel_is_refused(function: Callable[[Tensor], Tensor], operator: str) -> None:

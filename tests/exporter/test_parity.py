@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from math import inf, nan
 from typing import Any
 
@@ -114,6 +115,28 @@ def test_what_is_no_number_fails(last: float, stage: Stage) -> None:
 
     with pytest.raises(RunError, match=r"in step 2 .* tensor 'output_module\.head\.1\.bias'"):
         check_parity(stage, OPTIONS, 1, train)
+
+
+@pytest.mark.parametrize(("off", "draws", "passes"), [(0.02, 1, True), (0.02, 3, False), (0.2, 1, False)])
+def test_what_is_a_little_off_is_tried_on_other_batches(
+    off: float, draws: int, passes: bool, stage: Stage
+) -> None:
+    before = dict(stage.model.named_parameters())
+    calls: list[Steps] = []
+
+    def train(steps: Steps) -> Iterator[tuple[float, Mapping[str, Tensor]]]:
+        calls.append(steps)
+        for each in train_eagerly(stage, OPTIONS.optimizer, steps, LEARNING_RATE):
+            tensors = {name: value for name, value in each.tensors.items() if name in stage.trained}
+            if len(calls) <= draws:
+                moved = tensors["block.0.weight"] - before["block.0.weight"].detach()
+                tensors["block.0.weight"] = tensors["block.0.weight"] + off * moved
+            yield each.loss, tensors
+
+    with nullcontext() if passes else pytest.raises(RunError, match=r"tensor 'block\.0\.weight'"):
+        check_parity(stage, OPTIONS, 1, train)
+    assert len(calls) == (1 if off > 0.1 else draws + passes)
+    assert len({float(x.sum()) for steps in calls for parts in steps for x, _ in parts}) == 3 * len(calls)
 
 
 def test_a_loss_that_is_no_number_fails(stage: Stage) -> None:

@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, nn.Module] = {
     "silu": nn.SiLU(),
     "mish": nn.Mish(),
     "softplus": nn.Softplus(1.5),
+    "softplus beyond a threshold": nn.Softplus(2.0, 0.5),
     "gelu": nn.GELU(),
     "gelu tanh": nn.GELU("tanh"),
     "sigmoid": nn.Sigmoid(),

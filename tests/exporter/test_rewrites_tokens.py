@@ -71,7 +71,9 @@ def test_softmax(axis: int, logarithm: bool) -> None:
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "float", "keys"])
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "boolean", "float", "keys", "nothing seen", "little seen"]
+)
 @pytest.mark.parametrize(("t", "s", "d"), [(5, 5, 8), (7, 4, 3)])
 def test_attention(t: int, s: int, d: int, mask: str, scale: float | None) -> None:
     tensors = [draw(2, 3, t, d), draw(2, 3, s, d), draw(2, 3, s, d)]
@@ -80,6 +82,9 @@ def test_attention(t: int, s: int, d: int, mask: str, scale: float | None) -> No
         "boolean": torch.zeros(t, s, dtype=torch.float64).masked_fill(~boolean, -math.inf),
         "float": draw(2, 3, t, s),
         "keys": draw(2, 1, 1, s),
+        # The second position sees nothing: PyTorch gives zeros for -inf, and means for any finite number.
+        "nothing seen": torch.zeros(t, s, dtype=torch.float64).index_fill(0, torch.tensor([1]), -math.inf),
+        "little seen": torch.zeros(t, s, dtype=torch.float64).index_fill(0, torch.tensor([1]), -1e37),
     }.get(mask)
     causal, factor = mask == "causal", 1 / math.sqrt(d) if scale is None else scale
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]

@@ -64,3 +64,17 @@ def test_nothing_changes_but_the_order() -> None:
         got = fx.Interpreter(module).run(*(argument.clone() for argument in arguments))
         for ours, expected in zip(got, want, strict=True):
             assert torch.equal(ours, expected)
+
+
+def test_an_update_waits_for_what_is_written_to_its_gradient() -> None:
+    class Cleared(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            x[:, 0] = 0
+            x[:, 1].mul_(2)
+            return x
+
+    module, written, arguments = _step(SGD(momentum=0.9), nn.Conv2d(3, 4, 3), Cleared(), nn.Conv2d(4, 5, 3))
+    weight = dict(zip(written, module(*(each.clone() for each in arguments)), strict=False))["block.0.weight"]
+    held = arguments[0] - weight
+    assert not held[0].any() and held[1].any()

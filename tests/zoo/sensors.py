@@ -373,5 +373,5 @@ ENTRIES = (
     ),
     architecture(har_transformer, READINGS, blocks=2, notes="time comes first in the encoder"),
     architecture(har_encoder_layers, READINGS, blocks=("encoder.0", "encoder.1", "encoder.2")),
-    architecture(patch_tst, WINDOW, notes="Tensor.unfold; the encoder's batch is n x c"),
+    architecture(patch_tst, WINDOW, blocks=1, notes="the encoder's batch is n x c: no place to cut"),
 )

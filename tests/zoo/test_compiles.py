@@ -31,6 +31,33 @@ def test_it_compiles_and_trains_as_eager_pytorch_does(name: str, engine: str) ->
     assert result.verdict == "compiled", result.message
 
 
+HABITS = {
+    "onnxruntime": (
+        *("slice_set_to_zero", "index_fill_and_add", "arithmetic_in_place", "running_mean_in_place"),
+        *(
+            "running_mean_reassigned",
+            "running_mean_copied",
+            "codebook_by_running_means",
+            "module_called_twice",
+        ),
+        *("module_under_two_names", "noise_randn_like", "drop_block", "adaptive_max_pool_odd", "lp_pool"),
+        *("embedding_sparse", "embedding_one_hot", "lstm_last_by_length", "tied_head_in_one_block"),
+    ),
+    "executorch": (
+        *("slice_set_to_zero", "softplus", "batch_norm_3d", "interpolate_scale_kept", "embedding_bag_max"),
+        *("channels_last_weights", "conv_valid", "cumulative_extremes", "padded_encoder"),
+    ),
+}
+"""What models are written with, and what went wrong with each kind of it; the others are as slow as they are alike."""
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [(name, engine) for engine, names in HABITS.items() for name in names]
+)
+def test_habits_compile_and_train_as_eager_pytorch_does(name: str, engine: str) -> None:
+    test_it_compiles_and_trains_as_eager_pytorch_does(name, engine)
+
+
 REFUSED = [entry for entry in ENTRIES if entry.expected != "compiles"]
 
 

@@ -1,0 +1,75 @@
+"""Several things at a time, each in a copy of this process: a cut model is no data that could be sent to another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from frostline.protocol.errors import RunError
+
+T = TypeVar("T")
+
+
+def in_parallel(
+    tasks: Sequence[Callable[[], T]], done: Callable[[int], None], workers: int | None = None
+) -> list[T]:
+    """What each task returns, in their order; several run at a time where the platform can copy a process.
+
+    Parameters
+    ----------
+    tasks
+        They change nothing that others see. What they return, or raise, is sent back.
+    done
+        Called with a task's number when it has returned.
+    workers
+        At a time; by default the cores this process may use.
+
+    Raises
+    ------
+    RunError
+        If a process died, as when memory runs out.
+    Exception
+        Whatever the first task to fail raised.
+    """
+    count = (
+        min(workers or len(os.sched_getaffinity(0)), len(tasks)) if hasattr(os, "sched_getaffinity") else 1
+    )
+    if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        return _one_by_one(tasks, done)
+    with ProcessPoolExecutor(
+        count, multiprocessing.get_context("fork"), initializer=_inherit, initargs=(tasks,)
+    ) as pool:
+        numbers: dict[Future[T], int] = {pool.submit(_run, number): number for number in range(len(tasks))}
+        try:
+            for future in as_completed(numbers):
+                future.result()
+                done(numbers[future])
+        except BrokenProcessPool:
+            raise RunError("a compiler's process died, as when memory runs out") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [future.result() for future in numbers]
+
+
+def _one_by_one(tasks: Sequence[Callable[[], T]], done: Callable[[int], None]) -> list[T]:
+    results = []
+    for number, task in enumerate(tasks):
+        results.append(task())
+        done(number)
+    return results
+
+
+_inherited: Sequence[Callable[[], Any]] = ()
+
+
+def _inherit(tasks: Sequence[Callable[[], Any]]) -> None:
+    global _inherited
+    _inherited = tasks
+
+
+def _run(number: int) -> Any:
+    return _inherited[number]()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -81,8 +83,8 @@ def export(
     output_module: Annotated[
         str,
         typer.Option(
-            help="What stands in for the blocks to come: convolutions, one for each and the model's head, or linear, "
-            "one layer over the mean of the features."
+            help="What stands in for the blocks to come: convolutions, one for each and the model's head; dense, the "
+            "same however heavy; or linear, one layer over the mean of the features."
         ),
     ] = "convolutions",
     batch: Annotated[int, typer.Option(min=1, help="Samples in a training step.")] = 16,
@@ -147,7 +149,7 @@ def export(
             fitted = planner.fit(cuts)
             parts, compiled = fitted.cut, fitted.stages
         if out is not None and not explain_cut:
-            rows = _write(parts, compiled, options, seed, kind, out, int8=prefix == "int8")
+            rows = _write(parts, compiled, options, seed, kind, out, status.update, int8=prefix == "int8")
     if explain_cut:
         _print_explained(Console(), model, batch, explained, as_json=as_json)
     elif as_json:
@@ -164,13 +166,23 @@ def _compile(
     notify: Callable[[str], None],
 ) -> list[CompiledStage]:
     from frostline.exporter.artifact import compile_stage
+    from frostline.exporter.parallel import in_parallel
     from frostline.exporter.stage import build_stage
 
-    compiled = []
-    for index, block in enumerate(parts.blocks):
-        notify(f"stage {index + 1} of {len(parts.blocks)}: compiling {block.name}")
-        compiled.append(compile_stage(build_stage(parts, index, seed, kind), options))
-    return compiled
+    def compiled(index: int) -> CompiledStage:
+        return compile_stage(build_stage(parts, index, seed, kind), options)
+
+    count = len(parts.blocks)
+    return in_parallel(
+        [partial(compiled, index) for index in range(count)], _counting(notify, "stages compiled", count)
+    )
+
+
+def _counting(notify: Callable[[str], None], what: str, count: int) -> Callable[[int], None]:
+    """Say how many of some tasks are done whenever one is."""
+    done = itertools.count(1)
+    notify(f"0 of {count} {what}")
+    return lambda _: notify(f"{next(done)} of {count} {what}")
 
 
 def _write(
@@ -180,16 +192,15 @@ def _write(
     seed: int,
     kind: OutputModuleKind,
     out: Path,
+    notify: Callable[[str], None],
     *,
     int8: bool,
 ) -> list[dict[str, Any]]:
     """Write every stage behind the blocks before it, frozen as they are; a row of figures for each."""
-    import torch
-
-    from frostline.exporter.artifact import arrays, compile_prefix
-    from frostline.exporter.inputs import random_inputs
+    from frostline.exporter.artifact import arrays
     from frostline.exporter.stage import build_stage, statistics_tensors, trainable_tensors
 
+    frozen = _frozen(parts, options, seed, kind, notify, int8=int8)
     prefix: list[Program] = []
     prefix_files: dict[str, bytes] = {}
     rows = []
@@ -198,14 +209,37 @@ def _write(
         manifest = each.manifest.behind(prefix)
         weights = arrays({**trainable_tensors(stage), **statistics_tensors(stage)})
         write_artifact(out / f"stage-{index + 1}", manifest, {**each.files, **prefix_files}, weights)
-        if index + 1 < len(compiled):
-            noise = torch.Generator().manual_seed(seed)
-            drawn = random_inputs(CALIBRATION, stage.input_shape, stage.vocabulary, noise)
-            program, content = compile_prefix(stage, options.batch, options.target, drawn if int8 else None)
+        for program, content in frozen[index : index + 1]:
             prefix.append(program)
             prefix_files[program.file.sha256] = content
         rows.append(_row(stage, manifest, each.parity))
     return rows
+
+
+def _frozen(
+    parts: CutModel,
+    options: ExportOptions,
+    seed: int,
+    kind: OutputModuleKind,
+    notify: Callable[[str], None],
+    *,
+    int8: bool,
+) -> list[tuple[Program, bytes]]:
+    """The program of each block but the last, frozen."""
+    from frostline.exporter.artifact import compile_prefix
+    from frostline.exporter.parallel import in_parallel
+    from frostline.exporter.stage import build_stage
+
+    def compiled(index: int) -> tuple[Program, bytes]:
+        stage = build_stage(parts, index, seed, kind)
+        drawn = stage.random_batch(CALIBRATION, seed) if int8 else None
+        return compile_prefix(stage, options.batch, options.target, drawn)
+
+    count = len(parts.blocks) - 1
+    return in_parallel(
+        [partial(compiled, index) for index in range(count)],
+        _counting(notify, "frozen blocks compiled", count),
+    )
 
 
 def _explain(

@@ -1,6 +1,6 @@
 """Builds what stands in for the rest of the model while one block is trained.
 
-There are two kinds. **Convolutions**: each block that follows is imitated by a small linear layer, after which comes the model's
+There are three kinds. **Convolutions**: each block that follows is imitated by a small linear layer, after which comes the model's
 own head. This is the output module of ProFL (Wu et al., "Breaking the Memory Wall for Heterogeneous Federated Learning via
 Progressive Training", KDD 2025, arXiv 2404.13349) and NeuLite (Wu et al., "NeuLite: Memory-Efficient Federated Learning via
 Elastic Progressive Training", arXiv 2408.10826): one 3×3 stride-2 convolution, without normalisation or activation, takes a
@@ -8,7 +8,7 @@ block's place. Here the stride is the one that gives the block's own output shap
 
 A stand-in never has more parameters than the block it imitates. Where a dense convolution would, as for bottlenecks, inverted
 residuals and separable convolutions, it is a depthwise convolution and a pointwise one, whose matrix is of low rank if need
-be.
+be. **Dense** ones are full convolutions as those papers have them, however large: to compare with.
 
 For tokens, and for single vectors, the stand-in is one linear layer over the features of each token: an extension of our own.
 Like the convolution it is linear, mixes all features and maps the block's input shape to its output shape; and since
@@ -44,7 +44,7 @@ from frostline.exporter.modes import mode
 from frostline.exporter.part import Feature, is_packed
 from frostline.protocol.errors import UsageError
 
-OutputModuleKind = Literal["convolutions", "linear"]
+OutputModuleKind = Literal["convolutions", "dense", "linear"]
 """What stands in for the rest of the model."""
 
 KERNEL = 3
@@ -257,7 +257,10 @@ def build_output_module(
         )
     if kind == "linear" and stage + 1 < len(cut.blocks):
         return _linear_output(cut, stage, seed + stage).train()
-    stand_ins = {index: stand_in(cut, index, seed + index) for index in range(stage + 1, len(cut.blocks))}
+    stand_ins = {
+        index: stand_in(cut, index, seed + index, dense=kind == "dense")
+        for index in range(stage + 1, len(cut.blocks))
+    }
     module = OutputModule(stand_ins, copy.deepcopy(cut.head))
     return module.train()
 
@@ -274,8 +277,8 @@ def _linear_output(cut: CutModel, stage: int, seed: int) -> LinearOutput:
     return LinearOutput(stage, block.outputs, places, layer.to(next(block.module.parameters())))
 
 
-def stand_in(cut: CutModel, index: int, seed: int) -> nn.Module:
-    """What imitates a block after the first."""
+def stand_in(cut: CutModel, index: int, seed: int, *, dense: bool = False) -> nn.Module:
+    """What imitates a block after the first, however large if it is to be dense."""
     block = cut.blocks[index]
     largest = block.inputs[_largest(block.inputs)]
     own = _features_last(block)
@@ -294,7 +297,9 @@ def stand_in(cut: CutModel, index: int, seed: int) -> nn.Module:
                     f"block {block.name!r} makes {feature.name!r} of type {str(feature.dtype).removeprefix('torch.')}, which "
                     "nothing can stand in for: cut the model elsewhere, or use one linear layer as the output module"
                 )
-            layers[place] = _layer(block, largest.shape, feature.shape, last, len(new), generator)
+            most = sum(each.numel() for each in block.module.parameters()) // len(new)
+            allowed = math.inf if dense else most
+            layers[place] = _layer(largest.shape, feature.shape, last, allowed, generator)
     first = next(block.module.parameters())
     if not is_packed(block.inputs) and not is_packed(block.outputs):
         return layers[0].to(first)
@@ -302,15 +307,13 @@ def stand_in(cut: CutModel, index: int, seed: int) -> nn.Module:
 
 
 def _layer(
-    block: Block,
     incoming: tuple[int, ...],
     outgoing: tuple[int, ...],
     last: tuple[bool, bool],
-    values: int,
+    most: float,
     generator: torch.Generator,
 ) -> nn.Module:
-    """A linear map between two shapes, of no more parameters than the block has for each of its values."""
-    most = sum(each.numel() for each in block.module.parameters()) // values
+    """A linear map between two shapes, of at most so many parameters."""
     layer: nn.Module | None = None
     if last == (True, True) or len(incoming) == len(outgoing) == 1:
         if incoming[:-1] == outgoing[:-1]:
@@ -334,13 +337,13 @@ def _initialise(layer: Any, generator: torch.Generator) -> None:
     nn.init.kaiming_normal_(layer.weight, nonlinearity="linear", generator=generator)
 
 
-def _mixing(kind: Any, into: int, out: int, most: int) -> nn.Module:
+def _mixing(kind: Any, into: int, out: int, most: float) -> nn.Module:
     """All features into all others, by a matrix of at most so many parameters."""
     kernel = () if kind is nn.Linear else (1,)
     if into * out <= most:
         layer: nn.Module = kind(into, out, *kernel, bias=False)
         return layer
-    rank = max(most // (into + out), 1)
+    rank = max(int(most) // (into + out), 1)
     return nn.Sequential(kind(into, rank, *kernel, bias=False), kind(rank, out, *kernel, bias=False))
 
 
@@ -352,7 +355,7 @@ class _Reach:
     padding: int
 
 
-def _convolution(incoming: tuple[int, ...], outgoing: tuple[int, ...], most: int) -> nn.Module | None:
+def _convolution(incoming: tuple[int, ...], outgoing: tuple[int, ...], most: float) -> nn.Module | None:
     """A convolution of some stride, in one or in separable form; None where no stride gives the places."""
     kind = CONVOLUTIONS[len(incoming) - 1]
     reached = [_reach(*lengths) for lengths in zip(incoming[1:], outgoing[1:], strict=True)]

@@ -67,8 +67,12 @@ _inherited: Sequence[Callable[[], Any]] = ()
 
 
 def _inherit(tasks: Sequence[Callable[[], Any]]) -> None:
+    import torch
+
     global _inherited
     _inherited = tasks
+    # The threads that PyTorch may have begun are not there in a copy.
+    torch.set_num_threads(1)
 
 
 def _run(number: int) -> Any:

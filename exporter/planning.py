@@ -26,7 +26,7 @@ from frostline.exporter.output_module import OutputModuleKind
 from frostline.exporter.stage import Stage, build_stage
 from frostline.exporter.training_step import TracedProgram
 from frostline.exporter.variant import WHOLE, Variant, variants_of
-from frostline.protocol.errors import UsageError
+from frostline.protocol.errors import RunError, UsageError
 from frostline.protocol.manifest import PlannedMemory, Program
 from frostline.protocol.sizes import format_size
 
@@ -85,7 +85,13 @@ class StageVariants:
                 continue
             least = self._least(variant)
             if least is not None and least <= budget / CERTAIN:
-                compiled = self.compiled(variant)
+                try:
+                    compiled = self.compiled(variant)
+                except RunError:
+                    # What the whole batch cannot do, no part of it can; a part may fail where others do not.
+                    if variant == WHOLE:
+                        raise
+                    continue
                 if compiled.manifest.planned.behind(prefix).total <= budget:
                     return compiled
         return None

@@ -128,7 +128,8 @@ def _heard_in_forward(module: nn.Module, x: Tensor) -> list[str]:
     """Functions with gradients of their own, and hooks on tensors, by the child that calls them."""
     found: list[str] = []
     running: list[str] = []
-    apply, register_hook = torch.autograd.Function.apply.__func__, Tensor.register_hook  # type: ignore[attr-defined]
+    apply: Any = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+    register_hook: Any = Tensor.register_hook
 
     def here() -> str:
         return f"module '{running[-1]}'" if running and running[-1] else "the model's own forward"

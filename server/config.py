@@ -43,13 +43,14 @@ class ModelTable(_Table):
 
     `input_shape` and `classes` are needed only when the server holds no test data to take them from; `vocabulary`, the
     number of token ids, only by a model of one's own that takes them and has no option of that name. `output_module` is
-    what stands in for the blocks to come: a convolution each and the model's head, or one linear layer.
+    what stands in for the blocks to come: a convolution each, no heavier than its block or dense whatever that takes, and the
+    model's head; or one linear layer.
     """
 
     name: str
     options: dict[str, Any] = {}
     blocks: Annotated[int, Field(ge=1)] | list[str] = 4
-    output_module: Literal["convolutions", "linear"] = "convolutions"
+    output_module: Literal["convolutions", "dense", "linear"] = "convolutions"
     widths: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=16)] = []
     input_shape: list[int] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None

@@ -135,7 +135,7 @@ class GrowingSchedule:
     int8_prefix : bool
         Whether frozen blocks are compiled in int8 where the target can; calibrated on held-out samples, or without any
         on synthetic ones.
-    output_module : "convolutions" or "linear"
+    output_module : "convolutions", "dense" or "linear"
         What stands in for the blocks to come; a linear one is begun afresh at each stage.
     compiler : StageCompiler or None
         What compiles the stages; this process if None.

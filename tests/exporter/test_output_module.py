@@ -236,6 +236,21 @@ def test_what_a_block_only_passes_on_is_passed_on() -> None:
     assert torch.equal(stand_in(handed)[:, where], handed[:, where])
 
 
+def test_dense_stand_ins_are_full_convolutions() -> None:
+    separable = [
+        nn.Sequential(nn.Conv2d(a, a, 3, padding=1, groups=a), nn.Conv2d(a, b, 1), nn.ReLU())
+        for a, b in pairwise((16, 24, 32))
+    ]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3))
+    module = nn.Sequential(nn.Conv2d(3, 16, 1), *separable, head)
+    parts = cut(module, ["1", "2"], torch.zeros(2, 3, 6, 6))
+    lighter = build_output_module(parts, 0, 0).get_submodule("stand_in_1")
+    dense = build_output_module(parts, 0, 0, "dense").get_submodule("stand_in_1")
+    assert isinstance(dense, nn.Conv2d) and dense.weight.shape == (32, 24, 3, 3)
+    sizes = [sum(each.numel() for each in part.parameters()) for part in (lighter, parts.blocks[1].module)]
+    assert sizes[0] <= sizes[1] < dense.weight.numel()
+
+
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
 def test_no_stand_in_outweighs_its_block(name: str) -> None:
     parts = _cut(name)

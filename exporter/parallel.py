@@ -33,7 +33,7 @@ def in_parallel(
     RunError
         If a process died, as when memory runs out.
     Exception
-        Whatever the first task to fail raised.
+        Whatever the first of the tasks, in their order, that failed raised.
     """
     count = (
         min(workers or len(os.sched_getaffinity(0)), len(tasks)) if hasattr(os, "sched_getaffinity") else 1
@@ -44,15 +44,16 @@ def in_parallel(
         count, multiprocessing.get_context("fork"), initializer=_inherit, initargs=(tasks,)
     ) as pool:
         numbers: dict[Future[T], int] = {pool.submit(_run, number): number for number in range(len(tasks))}
+        for future in as_completed(numbers):
+            if future.exception() is not None:
+                # They begin in their order: what comes before one that failed is done or will be.
+                pool.shutdown(wait=True, cancel_futures=True)
+                break
+            done(numbers[future])
         try:
-            for future in as_completed(numbers):
-                future.result()
-                done(numbers[future])
+            return [future.result() for future in numbers]
         except BrokenProcessPool:
             raise RunError("a compiler's process died, as when memory runs out") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        return [future.result() for future in numbers]
 
 
 def _one_by_one(tasks: Sequence[Callable[[], T]], done: Callable[[int], None]) -> list[T]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -30,14 +31,19 @@ def test_results_come_in_order(workers: int) -> None:
     assert ({pid for _, pid in results} == {os.getpid()}) == (workers == 1)
 
 
-def _failing() -> int:
+def _failing_late() -> int:
+    time.sleep(0.3)
     raise UsageError("stage 'one' cannot be compiled")
 
 
+def _failing() -> int:
+    raise UsageError("stage 'two' cannot be compiled")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_task_raises_is_raised(workers: int) -> None:
+def test_what_the_first_task_raises_is_raised(workers: int) -> None:
     with pytest.raises(UsageError, match="stage 'one' cannot be compiled"):
-        in_parallel([_failing, _failing], lambda number: None, workers)
+        in_parallel([_failing_late, _failing, _failing], lambda number: None, workers)
 
 
 def _dying() -> int:

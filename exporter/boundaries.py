@@ -29,7 +29,7 @@ from frostline.exporter.capture import (
     name_of,
     shape_of,
 )
-from frostline.exporter.part import Boundary, Feature, readers, sample_shape
+from frostline.exporter.part import Boundary, Feature, base_of, readers, sample_shape, writes_of
 
 STATE_PER_PARAMETER = 3
 """Bytes a parameter costs in training over its own: the value, its gradient and one momentum."""
@@ -102,6 +102,9 @@ class Layout:
         self.steps = [self._step(node, tensors, trained) for node in nodes]
         self.in_region = _regions(nodes)
         self.crossings = self._crossings()
+        self.last_write = {
+            base: index for index, step in enumerate(self.steps) for base in writes_of(step.node)
+        }
         self._boundaries: dict[int, Boundary] = {}
         self._lasts: dict[int, bool] = {}
 
@@ -329,6 +332,9 @@ def _is_candidate(layout: Layout, end: int, values: int, dimensions: int) -> boo
     if node not in crossing or all(map(is_size, node.all_input_nodes)):
         return False
     features = layout.features(end)
+    if any(layout.last_write.get(base_of(each), -1) > end for each in crossing):
+        # It is not finished: a tensor whose columns are filled one after another.
+        return False
     if features is None or any(first <= end < last for first, last in layout.shared.values()):
         return False
     floats = [each for each in features if each.dtype.is_floating_point]

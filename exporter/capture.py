@@ -249,7 +249,7 @@ def _assignments_written(module: nn.Module) -> Iterator[None]:
 
     def write(child: nn.Module, name: str, value: Any) -> None:
         before = child._buffers.get(name)
-        if child is module or before is None or not isinstance(value, Tensor):
+        if child is module or before is None or value is before or not isinstance(value, Tensor):
             return
         original = originals.setdefault((id(child), name), before)
         with torch.no_grad():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from frostline.exporter.boundaries import Layout, automatic_ends, most_blocks
-from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, is_size, place_of, raised_at
+from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, place_of, raised_at
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.part import Boundary, Captures, Feature, Part, Span, handed_on, register, tensors_of
 from frostline.exporter.semantics import Differs, Observation, check_same, close, observe
@@ -232,19 +232,19 @@ def _check_counters(made: Capture, whole: Observation) -> None:
     for node, name in made.tensors.items():
         if name not in whole.written or whole.written[name].is_floating_point():
             continue
-        reads: list[fx.Node] = []
-        users = list(node.users)
-        while users:
-            user = users.pop()
-            if is_in_place(user) or is_size(user):
-                users += user.users
-            else:
-                reads.append(user)
+        reads = [user for user in node.users if not _only_counts(user, node, node)]
         if reads:
             raise UsageError(
                 f"{place_of(reads[0])} reads buffer {name!r}, a {str(whole.written[name].dtype).removeprefix('torch.')} "
                 "that each step changes: devices keep float32 between steps; make it a float buffer"
             )
+
+
+def _only_counts(user: fx.Node, source: fx.Node, buffer: fx.Node) -> bool:
+    """Whether what a step makes of a value goes nowhere but back into the buffer that it comes from."""
+    if user.op == "output" or (is_in_place(user) and user.args[0] not in (source, buffer)):
+        return False
+    return all(_only_counts(each, user, buffer) for each in user.users)
 
 
 def _check_vocabulary(module: nn.Module, example: Tensor, vocabulary: int | None) -> None:

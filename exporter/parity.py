@@ -291,9 +291,13 @@ def check_prefix(stage: Stage, engine: Engine, program: Program, content: bytes)
 
 def _error_of(found: Tensor, exact: Tensor, rounded: Tensor) -> tuple[float, float]:
     """How far off values are, and may be, relative to their norm."""
-    scale = max(float(exact.norm()), VALUE_TOLERANCE)
-    rounding = float((rounded.double() - exact).norm()) / scale
-    return float((found.double() - exact).norm()) / scale, max(LOSS_TOLERANCE, ROUNDING * rounding)
+    scale = max(float(exact[exact.isfinite()].norm()), VALUE_TOLERANCE)
+    # A mask that is handed on may hold minus infinity, which less itself is no number.
+    error, rounding = (
+        float(torch.where(each.double() == exact, 0.0, each.double() - exact).norm()) / scale
+        for each in (found, rounded)
+    )
+    return error, max(LOSS_TOLERANCE, ROUNDING * rounding)
 
 
 def _evaluated(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -655,7 +655,17 @@ def test_a_counter_that_is_read_is_named() -> None:
             self.steps += 1
             return super().forward(images / self.steps if self.reads else images)
 
+    class Assigned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.steps = self.steps + 1
+            return images.relu()
+
     assert cut(Counting(reads=False), ["last"], IMAGES)
+    assert cut(nn.Sequential(Assigned(), *_plain()), ["1"], IMAGES)
     message = _message(Counting(reads=True), ["last"], IMAGES)
     assert "reads buffer 'steps', a int64 that each step changes" in message
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.frames import WIDTH, function_on, on_images, on_series, on_tokens, on_volumes, refused
+from tests.zoo.frames import BY_NAME, WIDTH, function_on, on_images, on_series, on_tokens, on_volumes, refused
 
 
 class Unpooled(nn.Module):
@@ -95,7 +95,7 @@ ENTRIES = (
     on_images("adaptive_avg_pool_larger", lambda: nn.AdaptiveAvgPool2d(16)),
     on_images("adaptive_max_pool_odd", lambda: nn.AdaptiveMaxPool2d((5, 3))),
     on_series("adaptive_avg_pool_1d", lambda: nn.AdaptiveAvgPool1d(7)),
-    on_series("adaptive_max_pool_1d", lambda: nn.AdaptiveMaxPool1d(1)),
+    on_series("adaptive_max_pool_1d", lambda: nn.AdaptiveMaxPool1d(1), blocks=BY_NAME),
     on_volumes("adaptive_avg_pool_3d", lambda: nn.AdaptiveAvgPool3d((4, 3, 1))),
     on_volumes("adaptive_max_pool_3d", lambda: nn.AdaptiveMaxPool3d(4)),
     on_images("blur_pool", lambda: BlurPool(WIDTH)),

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from frostline.exporter.executorch_lowering import quiet
 from frostline.exporter.executorch_target import EXECUTORCH
 from frostline.exporter.flops import forward_flops, step_flops
 from frostline.exporter.inputs import zero_inputs
@@ -185,14 +186,15 @@ def compile_prefix(
         return program, lowered.content
 
     with _explained(stage):
-        try:
+        if calibration is not None or not target.delegates:
             program, content = compiled(delegated=target.delegates)
-        except (
-            Exception
-        ):  # a delegate does not know all operators, and says so in any way, or computes something else
-            if calibration is not None or not target.delegates:
-                raise
-            program, content = compiled(delegated=False)
+        else:
+            try:
+                # What a delegate's kernels say of arguments they do not take is for nobody.
+                with quiet():
+                    program, content = compiled(delegated=True)
+            except Exception:  # it may raise anything for what it does not know, or compute something else
+                program, content = compiled(delegated=False)
     return program.model_copy(update={"flops": forward_flops(block, x)}), content
 
 

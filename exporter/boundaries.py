@@ -105,8 +105,7 @@ class Layout:
         self.last_write = {
             base: index for index, step in enumerate(self.steps) for base in writes_of(step.node)
         }
-        self._boundaries: dict[int, Boundary] = {}
-        self._lasts: dict[int, bool] = {}
+        self._boundaries: dict[int, tuple[Boundary, bool]] = {}
 
     def _last_use(self, node: fx.Node, later: int) -> int:
         uses = (later if user.op == "output" else self.position[user] for user in readers(node))
@@ -144,11 +143,21 @@ class Layout:
 
     def boundary(self, last: int) -> Boundary:
         """The place behind a step, as it is found again in other captures."""
+        return self._found(last)[0]
+
+    def lasts(self, last: int) -> bool:
+        """Whether the place behind a step is there in evaluation, too."""
+        return self._found(last)[1]
+
+    def _found(self, last: int) -> tuple[Boundary, bool]:
         if last not in self._boundaries:
-            lasting = self._after(last, self._lasting)
-            # What runs in training only names a place where nothing else does.
-            found = lasting.is_in(self._evaluated)
-            self._boundaries[last] = lasting if found else self._after(last, None)
+            boundary = self._after(last, self._lasting)
+            there = boundary.is_in(self._evaluated)
+            if not there:
+                # What runs in training only names a place where nothing else does.
+                boundary = self._after(last, None)
+                there = boundary.is_in(self._evaluated)
+            self._boundaries[last] = boundary, there
         return self._boundaries[last]
 
     def _after(self, last: int, known: Collection[Call] | None) -> Boundary:
@@ -167,12 +176,6 @@ class Layout:
             return Boundary(call)
         first = next(index for index, step in enumerate(self.steps) if call in calls_of(step.node))
         return Boundary(call, otherwise=self.boundary(first - 1) if first else Boundary(None))
-
-    def lasts(self, last: int) -> bool:
-        """Whether the place behind a step is there in evaluation, too."""
-        if last not in self._lasts:
-            self._lasts[last] = self.boundary(last).is_in(self._evaluated)
-        return self._lasts[last]
 
     def _ended(self, index: int, known: Collection[Call] | None) -> Call | None:
         """The outermost call, but for the model's own, that ends with a step."""

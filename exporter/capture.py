@@ -12,7 +12,7 @@ import contextlib
 import operator
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -175,6 +175,27 @@ def authors_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def followed(
+    module: nn.Module, enter: Callable[[str], None], leave: Callable[[str, Any], object]
+) -> Iterator[None]:
+    """Tell of the calls of a model's children, by qualified name: when one begins, and what it returned.
+
+    One that fails returned None.
+    """
+    handles = []
+    for name, child in module.named_modules():
+        handles.append(child.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        handles.append(
+            child.register_forward_hook(lambda *given, name=name: leave(name, given[-1]), always_call=True)
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def capture(module: nn.Module, example: Tensor, *, training: bool) -> Capture:
     r"""Capture a model in one of its modes.
 
@@ -320,7 +341,8 @@ def _flattened(module: nn.Module, exported: ExportedProgram, batch: int) -> Capt
     outputs = _inline(exported.graph_module, graph, copies)
     named = {node.name: copies[node] for node in exported.graph.find_nodes(op="placeholder")}
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    tensors = {named[key]: _first_name(module, name) for key, name in names.items()}
+    first_names = {id(child): path for path, child in module.named_modules()}
+    tensors = {named[key]: _renamed(module, name, first_names) for key, name in names.items()}
     constants = {
         named[key]: exported.constants[name]
         for key, name in signature.inputs_to_lifted_tensor_constants.items()
@@ -338,11 +360,10 @@ def _flattened(module: nn.Module, exported: ExportedProgram, batch: int) -> Capt
     )
 
 
-def _first_name(module: nn.Module, name: str) -> str:
+def _renamed(module: nn.Module, name: str, first_names: Mapping[int, str]) -> str:
     """A tensor's name by the first name of the child that holds it."""
     path, _, own = name.rpartition(".")
-    child = module.get_submodule(path)
-    first = next(known for known, each in module.named_modules() if each is child)
+    first = first_names[id(module.get_submodule(path))]
     return f"{first}.{own}" if first else own
 
 

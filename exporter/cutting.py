@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from frostline.exporter.boundaries import Layout, automatic_ends, most_blocks
 from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, place_of, raised_at
 from frostline.exporter.inputs import random_inputs
-from frostline.exporter.part import Boundary, Captures, Feature, Part, Span, handed_on, register, tensors_of
+from frostline.exporter.named_tensors import register, tensors_of
+from frostline.exporter.part import Boundary, Captures, Feature, Part, Span, handed_on
 from frostline.exporter.semantics import Differs, Observation, check_same, close, observe
 from frostline.exporter.steadiness import own_gradients, unsteady
 from frostline.exporter.support import check_model

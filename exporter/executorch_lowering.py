@@ -25,6 +25,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from frostline.exporter.named_tensors import register, tensors_of
+
 aten = torch.ops.aten
 
 _STDERR = 2
@@ -178,19 +180,14 @@ class _Wrapped(nn.Module):
         super().__init__()
         # In a list it is no child, whose tensors would be there twice.
         self._module = [module]
-        self._names: dict[str, str] = {}
-        for own, (name, tensor) in enumerate(
-            [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        ):
-            self._names[f"tensor_{own}"] = name
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(f"tensor_{own}", tensor)
-            else:
-                self.register_buffer(f"tensor_{own}", tensor)
+        tensors = tensors_of(module)
+        self._names = {f"tensor_{number}": name for number, name in enumerate(tensors)}
+        for own, name in self._names.items():
+            register(self, own, tensors[name])
 
     def forward(self, *arguments: Tensor) -> Any:
         tensors = {name: getattr(self, own) for own, name in self._names.items()}
-        return functional_call(self._module[0], tensors, arguments)
+        return functional_call(self._module[0], tensors, arguments, tie_weights=False)
 
 
 def _exported(module: nn.Module, arguments: Sequence[Tensor]) -> ExportedProgram:

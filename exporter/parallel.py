@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -35,10 +36,11 @@ def in_parallel(
     Exception
         Whatever the first of the tasks, in their order, that failed raised.
     """
-    count = (
-        min(workers or len(os.sched_getaffinity(0)), len(tasks)) if hasattr(os, "sched_getaffinity") else 1
-    )
-    if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
+    # Elsewhere a copy of a process that has loaded libraries is not safe to use, or cannot be made.
+    if sys.platform != "linux":
+        return _one_by_one(tasks, done)
+    count = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+    if count < 2:
         return _one_by_one(tasks, done)
     with ProcessPoolExecutor(
         count, multiprocessing.get_context("fork"), initializer=_inherit, initargs=(tasks,)

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from frostline.exporter.boundaries import Layout, segment_ends
 from frostline.exporter.dropout import SeededDropout
-from frostline.exporter.part import Captures, Part, Span, tensors_of
+from frostline.exporter.named_tensors import tensors_of
+from frostline.exporter.part import Captures, Part, Span
 from frostline.exporter.stage import Stage
 
 MOST_SEGMENTS = 16

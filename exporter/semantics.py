@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from frostline.exporter.capture import authors_mode
 from frostline.exporter.dropout import SeededDropout
-from frostline.exporter.part import tensors_of
+from frostline.exporter.named_tensors import tensors_of
 
 TOLERANCE = 1e-3
 """Largest difference let through, relative to the norm of what is compared: the same operators in float32 are within 1e-5."""

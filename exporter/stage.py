@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from frostline.exporter.cutting import CutModel
 from frostline.exporter.inputs import random_inputs
+from frostline.exporter.named_tensors import tensors_of
 from frostline.exporter.output_module import OutputModule, OutputModuleKind, build_output_module
-from frostline.exporter.part import Part, joined, tensors_of
+from frostline.exporter.part import Part, joined
 from frostline.exporter.semantics import observe_step
 from frostline.exporter.support import explain
 from frostline.protocol.errors import RunError

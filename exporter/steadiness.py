@@ -8,7 +8,6 @@ its operators: a hook's, or those that an `autograd.Function` says, are not.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from frostline.exporter.capture import authors_mode
+from frostline.exporter.capture import authors_mode, followed
 from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.semantics import close, copies_of
 
@@ -37,11 +36,12 @@ def unsteady(module: nn.Module, x: Tensor, *, training: bool) -> str:
     """
     before = _attributes(module)
     one, two = (_returned(module, x, seed, training=training) for seed in (0, 1))
-    changed = {name: key for name, key in before if _attributes(module)[name, key] != before[name, key]}
-    again = _returned(module, x, 1, training=training)
+    after = _attributes(module)
+    changed = {name: key for name, key in before if after[name, key] != before[name, key]}
     path = _first_difference(one, two)
     where = f"module '{path}'" if path else "the model's own forward"
-    if not training and _first_difference(two, again) is None:
+    # With the same random numbers of PyTorch's again.
+    if not training and _first_difference(two, _returned(module, x, 1, training=training)) is None:
         return (
             f"{where} draws random numbers in evaluation, too, where a model is a fixed function: draw them in training only, "
             "as F.dropout(x, p, self.training) does"
@@ -70,33 +70,21 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
 def _returned(module: nn.Module, x: Tensor, seed: int, *, training: bool) -> Returned:
     """What each call of a child returned, the random numbers of training those of one seed."""
     found: Returned = []
+
+    def hear(name: str, result: Any) -> None:
+        tensors = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
+        found.append((name, [each.detach().clone() for each in tensors]))
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())
         stack.enter_context(authors_mode(module, training=training))
-        stack.enter_context(_hearing(module, found))
+        stack.enter_context(followed(module, lambda name: None, hear))
         if training:
             stack.enter_context(SeededDropout(torch.tensor(1.0)))
         torch.default_generator.manual_seed(0 if training else seed)
         functional_call(module, copies_of(module), (x.clone(),), tie_weights=False)
     return found
-
-
-@contextlib.contextmanager
-def _hearing(module: nn.Module, found: Returned) -> Iterator[None]:
-    def hear(name: str, result: Any) -> None:
-        tensors = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
-        found.append((name, [each.detach().clone() for each in tensors]))
-
-    handles = [
-        child.register_forward_hook(lambda _module, _inputs, result, name=name: hear(name, result))
-        for name, child in module.named_modules()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_difference(one: Returned, two: Returned) -> str | None:
@@ -144,11 +132,7 @@ def _heard_in_forward(module: nn.Module, x: Tensor) -> list[str]:
         return register_hook(tensor, hook)
 
     with contextlib.ExitStack() as stack:
-        for name, child in module.named_modules():
-            handle = child.register_forward_pre_hook(lambda *_, name=name: running.append(name))
-            stack.callback(handle.remove)
-            handle = child.register_forward_hook(lambda *_: running.pop() and None, always_call=True)
-            stack.callback(handle.remove)
+        stack.enter_context(followed(module, running.append, lambda *_: running.pop()))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(authors_mode(module, training=True))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(applied)))

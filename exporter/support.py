@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.exporter.capture import BY_VALUES, calls_of, line_of
+from frostline.exporter.capture import BY_VALUES, calls_of, followed, line_of
 from frostline.exporter.executorch_lowering import UnsupportedOperators, kernel_names
 from frostline.exporter.modes import mode
 from frostline.exporter.part import VISITOR
@@ -286,18 +286,12 @@ class _Recorder(TorchDispatchMode):
     @contextlib.contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
         """Follow which child of a module is running."""
-        scope = self._scope
-        handles = []
-        for name, child in module.named_modules():
-            handles.append(child.register_forward_pre_hook(lambda *_, name=name: scope.enter(name)))
-            handles.append(child.register_forward_hook(lambda *_: scope.leave(), always_call=True))
-        visiting = VISITOR.set(scope.visit)
+        visiting = VISITOR.set(self._scope.visit)
         try:
-            yield
+            with followed(module, self._scope.enter, lambda *_: self._scope.leave()):
+                yield
         finally:
             VISITOR.reset(visiting)
-            for handle in handles:
-                handle.remove()
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:

@@ -49,6 +49,13 @@ def connected(url: str) -> Iterator[mqtt.Client]:
         client.loop_stop()
 
 
+@pytest.fixture(autouse=True)
+def own_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Brokers of other tests, which may run at the same time, have their folders elsewhere."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
 def broker_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("frostline-broker-*"))
 

@@ -22,10 +22,10 @@ from frostline.device_runtime.onnxruntime_training_engine import ArtifactPaths, 
 from frostline.exporter.artifact import ExportOptions
 from frostline.exporter.cutting import cut
 from frostline.exporter.inputs import random_inputs
+from frostline.exporter.named_tensors import tensors_of
 from frostline.exporter.onnxruntime_training import TrainingArtifacts, generate_training_artifacts
 from frostline.exporter.optimizer import SGD, AdamW, Optimizer
 from frostline.exporter.parity import LAST_BITS, ROUNDING, VANISHING, train_eagerly
-from frostline.exporter.part import tensors_of
 from frostline.exporter.stage import Stage, build_stage
 from frostline.protocol.errors import FrostlineError
 from frostline.protocol.manifest import TensorSpec

@@ -183,11 +183,19 @@ def followed(
 
     One that fails returned None.
     """
+
+    # What a hook returns takes the place of what a child is given, or returned: these return nothing.
+    def entered(name: str) -> None:
+        enter(name)
+
+    def left(name: str, result: Any) -> None:
+        leave(name, result)
+
     handles = []
     for name, child in module.named_modules():
-        handles.append(child.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        handles.append(child.register_forward_pre_hook(lambda *_, name=name: entered(name)))
         handles.append(
-            child.register_forward_hook(lambda *given, name=name: leave(name, given[-1]), always_call=True)
+            child.register_forward_hook(lambda *given, name=name: left(name, given[-1]), always_call=True)
         )
     try:
         yield

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from frostline.exporter.executorch_lowering import quiet
 from frostline.exporter.modes import modes_kept
+from frostline.exporter.random_numbers import seeded
 from frostline.protocol.errors import UsageError, first_line
 
 aten = torch.ops.aten
@@ -251,7 +252,7 @@ def _exported(module: nn.Module, example: Tensor, training: bool, *, open_batch:
         # In evaluation PyTorch's transformer layers are one fused operator, which no engine knows.
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.random.fork_rng(devices=[]):
+            with seeded():
                 return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
         finally:
             torch.backends.mha.set_fastpath_enabled(attention)

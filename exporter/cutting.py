@@ -20,8 +20,8 @@ from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, pla
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.named_tensors import register, tensors_of
 from frostline.exporter.part import Boundary, Captures, Feature, Part, Span, handed_on
-from frostline.exporter.semantics import Differs, Observation, check_same, close, observe
-from frostline.exporter.steadiness import own_gradients, unsteady
+from frostline.exporter.semantics import Differs, Observation, check_same, observe
+from frostline.exporter.steadiness import RUNS, own_gradients, unsteady
 from frostline.exporter.support import check_model
 from frostline.protocol.errors import UsageError, first_line
 
@@ -153,15 +153,18 @@ class Cutter:
         try:
             check_same(self._whole, _Chain(module, parts), self._x)
         except Differs as difference:
-            raise _hidden(module, self._x, str(difference)) from difference
+            raise _hidden(module, self._x, self._whole, str(difference)) from difference
         finally:
             for part in _modules(parts):
                 part.train(module.training)
         return parts
 
 
-def _hidden(module: nn.Module, x: Tensor, difference: str) -> UsageError:
+def _hidden(module: nn.Module, x: Tensor, seen: Observation, difference: str) -> UsageError:
     """The refusal of a model that does something that the export does not see."""
+    why = unsteady(module, x, seen, RUNS)
+    if why is not None:
+        return UsageError(why)
     title = type(module).__name__
     where = own_gradients(module, x)
     if where is not None:
@@ -184,7 +187,8 @@ def _batch_like(example: Tensor, vocabulary: int | None) -> Tensor:
 def _observed(module: nn.Module, x: Tensor) -> Observation:
     title = type(module).__name__
     try:
-        seen, again = observe(module, x), observe(module, x, seed=1)
+        seen = observe(module, x)
+        why = unsteady(module, x, seen)
     except Exception as error:  # it runs the model's code, which may raise anything
         where = raised_at(error, module)
         raise UsageError(f"model {title} cannot be trained{where}: {first_line(error)}") from error
@@ -193,9 +197,8 @@ def _observed(module: nn.Module, x: Tensor) -> Observation:
         raise UsageError(
             f"the forward of model {title} changes parameter {changed[0]!r} in place, as an nn.Embedding with max_norm does: only the optimizer may, after the step"
         )
-    for training, one, two in ((True, seen.outputs, again.outputs), (False, seen.evaluated, again.evaluated)):
-        if not close(one, two):
-            raise UsageError(unsteady(module, x, training=training))
+    if why is not None:
+        raise UsageError(why)
     if not seen.gradients:
         asked = any(each.requires_grad for each in module.parameters())
         why = (

@@ -85,30 +85,39 @@ class StageVariants:
                 continue
             least = self._least(variant)
             if least is not None and least <= budget / CERTAIN:
-                try:
-                    compiled = self.compiled(variant)
-                except RunError:
-                    # What the whole batch cannot do, no part of it can; a part may fail where others do not.
-                    if variant == WHOLE:
-                        raise
+                compiled = self._attempt(variant)
+                if compiled is None:
                     continue
                 if compiled.manifest.planned.behind(prefix).total <= budget:
                     return compiled
         return None
 
     def smallest(self) -> CompiledStage:
-        """The stage in the variant that takes least: of the two that are estimated to, and of what is compiled anyway.
+        """The stage in the variant that takes least: no smaller budget has a `fastest`.
 
-        Estimates may be near each other, and ONNX Runtime's arenas of small stages are mostly its own blocks.
+        Whatever may take less than the least so far is compiled. Estimates may be near each other, and ONNX Runtime's arenas
+        of small stages are mostly its own blocks.
         """
-        found = {variant: self._estimate(variant) for variant in _variants(self._options)}
+        found = {variant: self._least(variant) for variant in _variants(self._options)}
         estimates = {variant: each for variant, each in found.items() if each is not None}
+        smallest: CompiledStage | None = None
+        for variant in sorted(estimates, key=estimates.__getitem__):
+            if smallest is None or estimates[variant] <= _total(smallest) / CERTAIN:
+                compiled = self._attempt(variant)
+                if compiled and (smallest is None or _total(compiled) < _total(smallest)):
+                    smallest = compiled
         # Where none can be traced, compiling the whole says why.
-        nearest = sorted(estimates, key=estimates.__getitem__)[:2] or [WHOLE]
-        return min(
-            (self.compiled(variant) for variant in {*nearest, *self._compiled}),
-            key=lambda each: each.manifest.planned.total,
-        )
+        return smallest or self.compiled(WHOLE)
+
+    def _attempt(self, variant: Variant) -> CompiledStage | None:
+        """The stage compiled in a variant; None if it cannot be, where the whole batch may be."""
+        try:
+            return self.compiled(variant)
+        except RunError:
+            # What the whole batch cannot do, no part of it can; a part may fail where others do not.
+            if variant == WHOLE:
+                raise
+            return None
 
     def _least(self, variant: Variant) -> int | None:
         """What the variant takes at least, exactly if it is compiled; None if it cannot be traced."""
@@ -275,6 +284,10 @@ def balanced_cuts(cutter: Cutter, most: int = MOST_BLOCKS) -> Iterator[CutModel]
 def _variants(options: ExportOptions) -> list[Variant]:
     """Those that the target has, fastest first."""
     return [each for each in variants_of(options.batch) if options.target.recomputes or not each.recompute]
+
+
+def _total(stage: CompiledStage) -> int:
+    return stage.manifest.planned.total
 
 
 def _blocks(count: int) -> str:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from frostline.exporter.capture import authors_mode
 from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.named_tensors import tensors_of
+from frostline.exporter.random_numbers import seeded
 
 TOLERANCE = 1e-3
 """Largest difference let through, relative to the norm of what is compared: the same operators in float32 are within 1e-5."""
@@ -34,42 +35,48 @@ class Observation:
         Of a fixed function of the outputs, for the parameters that it reaches.
     written : dict
         The buffers, and in odd models parameters, that the step wrote, with their new values.
+    drawn : bool
+        Whether random numbers of Python's or NumPy's were drawn, which no compiled step has.
     """
 
     outputs: Tensor
     evaluated: Tensor
     gradients: dict[str, Tensor]
     written: dict[str, Tensor]
+    drawn: bool
 
 
 def observe(module: nn.Module, x: Tensor, seed: int = 0) -> Observation:
     """Run a model on a batch in both modes; its tensors stay as they are.
 
-    Random numbers are those of the step's seed in training; in evaluation, where there should be none, those of `seed`.
-    Raises whatever the model's own code raises.
+    PyTorch's random numbers are those of the step's seed in training, whatever `seed` is; all others, and those of evaluation,
+    are those of `seed`. Raises whatever the model's own code raises.
     """
-    step = observe_step(module, x)
-    with _plain(), authors_mode(module, training=False), torch.no_grad():
-        torch.default_generator.manual_seed(seed)
-        return replace(
-            step, evaluated=functional_call(module, copies_of(module), (x.clone(),), tie_weights=False)
-        )
+    step = observe_step(module, x, seed)
+    with _plain(), seeded(seed) as drawn, authors_mode(module, training=False), torch.no_grad():
+        evaluated = functional_call(module, copies_of(module), (x.clone(),), tie_weights=False)
+        return replace(step, evaluated=evaluated, drawn=step.drawn or drawn())
 
 
-def observe_step(module: nn.Module, x: Tensor) -> Observation:
+def observe_step(module: nn.Module, x: Tensor, seed: int = 0) -> Observation:
     """The same in training mode only: `evaluated` is empty."""
     tensors, given = tensors_of(module), copies_of(module)
     versions = {name: each._version for name, each in given.items()}
-    with _plain(), authors_mode(module, training=True), SeededDropout(torch.tensor(1.0)):
-        torch.default_generator.manual_seed(0)
+    with (
+        _plain(),
+        seeded(seed) as drawn,
+        authors_mode(module, training=True),
+        SeededDropout(torch.tensor(1.0)),
+    ):
         outputs = functional_call(module, given, (x.clone(),), tie_weights=False)
+        drew = drawn()
         gradients = _gradients(outputs, {name: each for name, each in given.items() if each.requires_grad})
     written = {
         name: each.detach()
         for name, each in given.items()
         if each._version != versions[name] or not torch.equal(each, tensors[name])
     }
-    return Observation(outputs.detach(), outputs.new_empty(0), gradients, written)
+    return Observation(outputs.detach(), outputs.new_empty(0), gradients, written, drew)
 
 
 def copies_of(module: nn.Module) -> dict[str, Tensor]:
@@ -98,11 +105,11 @@ def _gradients(outputs: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tenso
 
 @contextmanager
 def _plain() -> Iterator[None]:
-    """PyTorch's transformer layers as they train, and random numbers that belong to nobody else."""
+    """PyTorch's transformer layers as they train, with gradients."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -146,7 +153,7 @@ def check_same(whole: Observation, parts: nn.Module, x: Tensor) -> None:
             raise Differs(f"buffer {name!r} takes other values in its parts")
 
 
-def close(ours: Tensor, theirs: Tensor, floor: float = FLOOR) -> bool:
+def close(ours: Tensor, theirs: Tensor, floor: float = FLOOR, tolerance: float = TOLERANCE) -> bool:
     """Whether two tensors are the same but for rounding; not a number is the same as itself."""
     if ours.shape != theirs.shape:
         return False
@@ -154,4 +161,4 @@ def close(ours: Tensor, theirs: Tensor, floor: float = FLOOR) -> bool:
     if not bool((both | (ours == theirs) | (ours.isnan() & theirs.isnan())).all()):
         return False
     ours, theirs = ours[both].double(), theirs[both].double()
-    return float((ours - theirs).norm()) <= TOLERANCE * float(theirs.norm()) + floor
+    return float((ours - theirs).norm()) <= tolerance * float(theirs.norm()) + floor

@@ -8,6 +8,7 @@ its operators: a hook's, or those that an `autograd.Function` says, are not.
 from __future__ import annotations
 
 import contextlib
+from itertools import takewhile
 from typing import Any
 from unittest import mock
 
@@ -18,30 +19,54 @@ from torch.utils import _pytree as pytree
 
 from frostline.exporter.capture import authors_mode, followed
 from frostline.exporter.dropout import SeededDropout
-from frostline.exporter.semantics import close, copies_of
+from frostline.exporter.random_numbers import seeded
+from frostline.exporter.semantics import Observation, close, copies_of, observe
 
 Returned = list[tuple[str, list[Tensor]]]
 """What each call returned, in the order they ended: the child's qualified name and the tensors."""
 
 
-def unsteady(module: nn.Module, x: Tensor, *, training: bool) -> str:
-    """Say where a model that returned other values for the same batch does so, and why.
+SAME = 1e-5
+"""Largest difference between two runs of one model on one batch, relative to the norm: the order of sums may differ."""
+
+RUNS = 64
+"""So often a model is run again that may do something else now and then: 96 % of those that do so one time in twenty show."""
+
+
+def unsteady(module: nn.Module, x: Tensor, seen: Observation, runs: int = 1) -> str | None:
+    """Say where and why a model returns other values for the same batch; None where it does not.
 
     Parameters
     ----------
     module
         It is run again; its tensors stay as they are.
-    training
-        The mode in which it was seen.
+    seen
+        What it did with the batch, with the random numbers of seed 0.
+    runs
+        So often it is run again; at least `RUNS` times if it drew random numbers of Python's or NumPy's.
     """
+    for seed in range(1, 1 + max(runs, RUNS if seen.drawn else 1)):
+        again = observe(module, x, seed)
+        if not _same(seen.outputs, again.outputs):
+            return _cause(module, x, seed, training=True)
+        if not _same(seen.evaluated, again.evaluated):
+            return _cause(module, x, seed, training=False)
+    return None
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    return close(one, two, tolerance=SAME)
+
+
+def _cause(module: nn.Module, x: Tensor, seed: int, *, training: bool) -> str:
+    """Where and why a model does with one seed what it did not with another."""
     before = _attributes(module)
-    one, two = (_returned(module, x, seed, training=training) for seed in (0, 1))
+    one, two = (_returned(module, x, each, training=training) for each in (0, seed))
     after = _attributes(module)
     changed = {name: key for name, key in before if after[name, key] != before[name, key]}
     path = _first_difference(one, two)
     where = f"module '{path}'" if path else "the model's own forward"
-    # With the same random numbers of PyTorch's again.
-    if not training and _first_difference(two, _returned(module, x, 1, training=training)) is None:
+    if not training and _first_difference(two, _returned(module, x, seed, training=training)) is None:
         return (
             f"{where} draws random numbers in evaluation, too, where a model is a fixed function: draw them in training only, "
             "as F.dropout(x, p, self.training) does"
@@ -68,7 +93,7 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 def _returned(module: nn.Module, x: Tensor, seed: int, *, training: bool) -> Returned:
-    """What each call of a child returned, the random numbers of training those of one seed."""
+    """What each call of a child returned, PyTorch's random numbers of training those of the step's seed."""
     found: Returned = []
 
     def hear(name: str, result: Any) -> None:
@@ -76,21 +101,26 @@ def _returned(module: nn.Module, x: Tensor, seed: int, *, training: bool) -> Ret
         found.append((name, [each.detach().clone() for each in tensors]))
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(seeded(seed))
         stack.enter_context(torch.no_grad())
         stack.enter_context(authors_mode(module, training=training))
         stack.enter_context(followed(module, lambda name: None, hear))
         if training:
             stack.enter_context(SeededDropout(torch.tensor(1.0)))
-        torch.default_generator.manual_seed(0 if training else seed)
         functional_call(module, copies_of(module), (x.clone(),), tie_weights=False)
     return found
 
 
 def _first_difference(one: Returned, two: Returned) -> str | None:
-    """The child whose call is the first to return other values; None without any."""
-    for (name, ours), (_, theirs) in zip(one, two, strict=False):
-        if len(ours) != len(theirs) or not all(map(close, ours, theirs)):
+    """The child whose call is the first to return other values, or to be made or not; None without any."""
+    for (name, ours), (other, theirs) in zip(one, two, strict=False):
+        if name != other:
+            # Whoever calls both chose.
+            both = takewhile(
+                lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False)
+            )
+            return ".".join(each for each, _ in both)
+        if len(ours) != len(theirs) or not all(map(_same, ours, theirs)):
             return name
     return None if len(one) == len(two) else ""
 
@@ -133,7 +163,7 @@ def _heard_in_forward(module: nn.Module, x: Tensor) -> list[str]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(followed(module, running.append, lambda *_: running.pop()))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(seeded())
         stack.enter_context(authors_mode(module, training=True))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(applied)))
         stack.enter_context(mock.patch.object(Tensor, "register_hook", hooked))

@@ -29,6 +29,7 @@ from frostline.exporter.capture import BY_VALUES, calls_of, followed, line_of
 from frostline.exporter.executorch_lowering import UnsupportedOperators, kernel_names
 from frostline.exporter.modes import mode
 from frostline.exporter.part import VISITOR
+from frostline.exporter.random_numbers import seeded
 from frostline.exporter.semantics import copies_of
 from frostline.protocol.errors import UsageError, first_line
 
@@ -128,6 +129,7 @@ def _check_values(module: nn.Module, x: Tensor) -> None:
             tensors = copies_of(module)
             with (
                 torch.no_grad(),
+                seeded(),
                 mode(module, training=training),
                 recorder.watching(module),
                 recorder,

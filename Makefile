@@ -1,6 +1,7 @@
 # make venv    the development environment, in .venv
 # make demo    install, then train a model on an emulated fleet, end to end
-# make test    install, then lint, type-check and run every test
+# make test    install, then lint, type-check and test
+# make test-slow    the tests that take long and rarely break, as root for those of bad links
 # make onnxruntime-training    the engine of that name, in a folder of its own
 # make aarch64    train on arm64 under emulation; needs qemu-user-static and debootstrap
 # make zoo     compile what people bring, on both engines, and write docs/models.md; takes most of an hour
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS := 1
 # 1.19.2 is the last release; it has wheels for x86-64 and Python up to 3.11.
 ORT_TRAINING := build/onnxruntime-training
 
-.PHONY: venv demo test zoo bench lint clean onnxruntime-training aarch64
+.PHONY: venv demo test test-slow zoo bench lint clean onnxruntime-training aarch64
 
 venv: $(VENV)/.installed
 
@@ -49,8 +50,11 @@ test: lint onnxruntime-training
 	$(BIN)/pytest -n 2 --dist loadfile $(PARALLEL)
 	$(BIN)/pytest $(addprefix --ignore=,$(PARALLEL))
 
+# What takes long and rarely breaks: bad links (as root), a cluster of brokers, every built-in model on every engine.
+test-slow: onnxruntime-training
+	$(BIN)/pytest -m slow
+
 zoo: venv
-	$(BIN)/pytest -m zoo tests/exporter
 	$(BIN)/python -m tests.zoo.run --table docs/models.md --json build/zoo.json
 
 bench: venv

@@ -182,7 +182,6 @@ def steps_kept(task: TrainingTask) -> int:
         return int(archive["progress"][1])
 
 
-@pytest.mark.slow
 def test_a_killed_training_process_goes_on_where_it_was(
     variants: Path, tmp_path: Path, train_until: Any
 ) -> None:

@@ -50,7 +50,6 @@ def write_stage(folder: Path, model: str, index: int, batch: int, variant: Varia
     return compiled.manifest.planned.total
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("index", "batch", "variant", "target"),
     [(0, 16, WHOLE, EXECUTORCH), (3, 16, Variant(2), EXECUTORCH), (0, 16, Variant(2), ONNXRUNTIME)],

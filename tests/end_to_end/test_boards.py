@@ -17,8 +17,6 @@ from frostline.emulator.broker import EmbeddedBroker
 from tests.end_to_end.conftest import command, write_config
 from tests.end_to_end.test_processes import device, started, wait_until
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 TRAINING_PACKAGE = Path(
     os.environ.get("FROSTLINE_ONNXRUNTIME_TRAINING", ROOT / "build" / "onnxruntime-training")

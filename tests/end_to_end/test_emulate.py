@@ -16,8 +16,6 @@ from frostline.emulator.broker import EmbeddedBroker
 from frostline.exporter.models.lookup import build_model
 from tests.end_to_end.conftest import run_command, write_config
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:

@@ -7,10 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.slow
-
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 
 
@@ -19,6 +15,7 @@ def test_a_run_in_a_storm_counts_what_a_run_in_peace_counts(tmp_path: Path) -> N
     result = subprocess.run(
         [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=500, check=False
     )
+    assert result.stdout, result.stderr
     figures = json.loads(result.stdout)
     assert (figures["lost"], figures["double_counted"], figures["finished"]) == (0, 0, True), figures
     assert result.returncode == 0

@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end.conftest import run_command, write_config
-
-pytestmark = pytest.mark.slow
 
 
 def test_a_board_whose_engine_has_no_words_for_a_stage_is_left_out_of_it(tmp_path: Path) -> None:

@@ -115,7 +115,6 @@ def test_it_is_exported_as_it_is(folder: Path, engine: str) -> None:
     assert [stage["name"] for stage in json.loads(made.stdout)["stages"]] == ["2", "5", "8"]
 
 
-@pytest.mark.slow
 def test_a_phone_and_a_board_train_it_as_eager_pytorch_does(folder: Path) -> None:
     finished = _run(folder, "emulate", "--config", "run.toml", "--out", "run", "--no-cache", "--json")
     assert finished.returncode == 0, finished.stderr

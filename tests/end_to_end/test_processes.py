@@ -11,15 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
-
 from frostline.datasets.folder import save_samples
 from frostline.datasets.load import load_samples
 from frostline.emulator.broker import EmbeddedBroker
 from frostline.emulator.partition import split_iid
 from tests.end_to_end.conftest import command, write_config
-
-pytestmark = pytest.mark.slow
 
 
 @contextmanager

@@ -6,15 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from frostline.exporter.models.lookup import build_model
 from tests.byte_patterns import LENGTH, byte_patterns, write_byte_patterns
 from tests.end_to_end.conftest import run_command
-
-pytestmark = pytest.mark.slow
 
 CONFIG = """
 [run]

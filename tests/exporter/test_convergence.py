@@ -64,7 +64,6 @@ def _compiled(
     return np.array([session.step([batch], learning_rate)[0] for batch in batches])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "learning_rate", "of_torch"),
     [

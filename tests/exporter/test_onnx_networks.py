@@ -18,7 +18,7 @@ from frostline.exporter.dropout import SeededDropout
 from tests.exporter.onnx_programs import Function, draw, in_onnx
 
 IMAGES, TOKENS, SIGNALS = draw(4, 3, 8, 8), draw(4, 5, 8), draw(4, 3, 16)
-pytestmark = pytest.mark.zoo
+pytestmark = pytest.mark.slow
 
 IDS = torch.tensor([[1, 4, 2, 1, 0, 9], [0, 3, 3, 2, 10, 7], [5, 5, 5, 6, 8, 1]])
 

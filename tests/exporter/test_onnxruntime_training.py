@@ -44,6 +44,9 @@ SGD_PLAIN = {"name": "sgd"}
 # Adam's step is as long for a gradient that is all rounding as for any other, unless epsilon is above it.
 ADAMW = {"name": "adamw", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.99, "epsilon": 1e-4}
 
+QUICK = ("small_cnn", "resnet10", "text_transformer")
+"""The models that `make test` compiles here; `make test-slow` compiles the others."""
+
 needs_package = pytest.mark.skipif(
     not (FOLDER / "onnxruntime").is_dir(),
     reason=f"no onnxruntime-training in {FOLDER}: make onnxruntime-training, or set FROSTLINE_ONNXRUNTIME_TRAINING",
@@ -82,8 +85,21 @@ def assert_equal_training(rows: list[dict[str, Any]]) -> None:
 
 
 @needs_package
-@pytest.mark.parametrize("optimizer", [SGD_PLAIN, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        pytest.param(
+            model,
+            optimizer,
+            id=f"{model}-{optimizer['name']}",
+            marks=[]
+            if model in QUICK and (optimizer is SGD_PLAIN or model == "small_cnn")
+            else pytest.mark.slow,
+        )
+        for model in MODELS
+        for optimizer in (SGD_PLAIN, ADAMW)
+    ],
+)
 def test_every_stage_trains_as_eager_pytorch_does(model: str, optimizer: dict[str, Any]) -> None:
     # Where float32 takes some of MobileNet's many activations across a kink, Adam's steps part from those in float64,
     # whoever takes them.

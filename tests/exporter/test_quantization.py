@@ -30,7 +30,12 @@ def features(stage: Stage, int8: bool, x: torch.Tensor) -> tuple[torch.Tensor, i
 
 @pytest.mark.parametrize(
     ("name", "index", "tolerance"),
-    [("resnet10", 1, 0.05), ("mobilenet_v2", 1, 0.2), ("vit", 1, 0.05), ("text_transformer", 0, 0.05)],
+    [
+        ("resnet10", 1, 0.05),
+        pytest.param("mobilenet_v2", 1, 0.2, marks=pytest.mark.slow),
+        pytest.param("vit", 1, 0.05, marks=pytest.mark.slow),
+        ("text_transformer", 0, 0.05),
+    ],
 )
 def test_blocks_in_int8_say_nearly_the_same(name: str, index: int, tolerance: float) -> None:
     stage = block_of(name, index)

@@ -318,7 +318,6 @@ def test_the_last_layer_is_that_nearest_to_the_logits(output_module: OutputModul
     assert {schedule.prepare(0, "executorch").weights[name].shape[0] for name in names} == {CLASSES}
 
 
-@pytest.mark.slow
 def test_a_compiled_schedule_plans_trains_and_freezes() -> None:
     grown = build("group", blocks=2, test=held_out(8), name="small_cnn")
     planned = grown.schedule.plan(0, "executorch")

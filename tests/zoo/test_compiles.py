@@ -16,8 +16,8 @@ MOST_USED = (
     "lstm_classifier",
     "bert_tiny",
     "gpt_infinite_mask",
-    "swin",
-    "lora_transformer",
+    "cnn_1d",
+    "dlrm",
     "newcomer_cnn",
     "tcn",
 )

@@ -93,23 +93,25 @@ class Layout:
         self, made: Capture, tensors: Mapping[str, Tensor], trained: Collection[str], evaluated: Capture
     ) -> None:
         self.made = made
-        self._evaluated = evaluated.steps
+        self._evaluated = evaluated
+        self._steps_evaluated = evaluated.steps
         self._lasting = {call for node in evaluated.steps for call in calls_of(node)}
-        self.tensors = tensors
+        self.tensors, self.trained = tensors, frozenset(trained)
         nodes = made.steps
         self.position = {node: index for index, node in enumerate(nodes)} | {made.source: -1}
-        self.last_use = {node: self._last_use(node, len(nodes)) for node in self.position}
         self.steps = [self._step(node, tensors, trained) for node in nodes]
+        self._of_trained: set[fx.Node] = set()
+        for step in self.steps:
+            if step.trains or not self._of_trained.isdisjoint(step.node.all_input_nodes):
+                self._of_trained.add(step.node)
         self.in_region = _regions(nodes)
-        self.crossings = self._crossings()
+        self.crossings = _crossings(made)
+        self._crossings_evaluated = _crossings(evaluated)
         self.last_write = {
             base: index for index, step in enumerate(self.steps) for base in writes_of(step.node)
         }
+        self._uses, self._uses_evaluated = (_uses(each, trained) for each in (made, evaluated))
         self._boundaries: dict[int, tuple[Boundary, bool]] = {}
-
-    def _last_use(self, node: fx.Node, later: int) -> int:
-        uses = (later if user.op == "output" else self.position[user] for user in readers(node))
-        return max(uses, default=-1)
 
     def _step(self, node: fx.Node, tensors: Mapping[str, Tensor], trained: Collection[str]) -> Step:
         names = tuple(self.made.tensors[each] for each in node.all_input_nodes if each in self.made.tensors)
@@ -117,15 +119,6 @@ class Layout:
         parameters = [tensors[name] for name in names if tensors[name].requires_grad]
         state = sum(each.numel() * each.element_size() for each in parameters)
         return Step(node, names, any(name in trained for name in names), kept, state)
-
-    def _crossings(self) -> list[list[fx.Node]]:
-        """For each step the values that cross the place behind it."""
-        alive = [self.made.source]
-        found = []
-        for index, step in enumerate(self.steps):
-            alive = [node for node in (*alive, step.node) if self.last_use[node] > index]
-            found.append(alive)
-        return found
 
     def features(self, last: int) -> list[Feature] | None:
         """What crosses the place behind a step; None where a value is not there for each sample, or is no number."""
@@ -137,7 +130,14 @@ class Layout:
             if shape is None or axis is None:
                 return None
             features.append(
-                Feature(value_name(node), shape, node.meta["val"].dtype, axis, self.position[node])
+                Feature(
+                    value_name(node),
+                    shape,
+                    node.meta["val"].dtype,
+                    axis,
+                    self.position[node],
+                    node in self._of_trained,
+                )
             )
         return features
 
@@ -151,24 +151,68 @@ class Layout:
 
     def _found(self, last: int) -> tuple[Boundary, bool]:
         if last not in self._boundaries:
-            boundary = self._after(last, self._lasting)
-            there = boundary.is_in(self._evaluated)
-            if not there:
-                # What runs in training only names a place where nothing else does.
-                boundary = self._after(last, None)
-                there = boundary.is_in(self._evaluated)
-            self._boundaries[last] = boundary, there
+            # What runs in training only names a place where nothing else does.
+            names = [self._after(last, self._lasting), self._after(last, None), *self._before(last)]
+            found = next((each for each in names if self._is_in_evaluation(each, last)), None)
+            self._boundaries[last] = found or names[1], found is not None
         return self._boundaries[last]
 
     def _after(self, last: int, known: Collection[Call] | None) -> Boundary:
         """The place behind a step, by the last of the known calls that ended by then."""
         name, times = name_of(self.steps[last].node), 0
+        within: set[Call] = set()
         for index in range(last, -1, -1):
             ended = self._ended(index, known)
             if ended is not None:
-                return replace(self.behind(ended), operators=(name,) * times)
+                return replace(self.behind(ended), operators=(name,) * times, within=frozenset(within))
             times += name_of(self.steps[index].node) == name
-        return Boundary(None, (name,) * times)
+            within.update(calls_of(self.steps[index].node))
+        return Boundary(None, (name,) * times, within=frozenset(within))
+
+    def _is_in_evaluation(self, boundary: Boundary, last: int) -> bool:
+        """Whether a name of the place behind a step names the same place in evaluation."""
+        if not boundary.is_in(self._steps_evaluated):
+            return False
+        place = boundary.position(self._steps_evaluated)
+        if place < 0:
+            return False
+        ours, theirs = (
+            [sample_shape(made, node) for node in crossing]
+            for made, crossing in (
+                (self.made, self.crossings[last]),
+                (self._evaluated, self._crossings_evaluated[place]),
+            )
+        )
+        return ours == theirs and not any(
+            (before := self._uses.get(name)) is not None
+            and ((before[1] <= last and after > place) or (before[0] > last and first <= place))
+            for name, (first, after) in self._uses_evaluated.items()
+        )
+
+    def _before(self, last: int) -> list[Boundary]:
+        """The place behind a step, by a call that begins there."""
+        here = calls_of(self.steps[last].node)
+        following = calls_of(self.steps[last + 1].node) if last + 1 < len(self.steps) else []
+        begun = [call for call in following if call not in here]
+        inside = [index for index, step in enumerate(self.steps) if begun and begun[0] in calls_of(step.node)]
+        return [Boundary(begun[0], before=True)] if inside[:1] == [last + 1] else []
+
+    def named(self, call: Call | None, operators: tuple[str, ...], *, before: bool) -> Boundary:
+        """The place that a person names, by what runs in training."""
+        if before:
+            return Boundary(call, before=True)
+        boundary = replace(self.behind(call), operators=operators) if call else Boundary(None, operators)
+        nodes = [step.node for step in self.steps]
+        start = replace(boundary, operators=()).position(nodes)
+        found = list(operators)
+        within: set[Call] = set()
+        for node in nodes[start + 1 :]:
+            if not found:
+                break
+            within.update(calls_of(node))
+            if name_of(node) == found[0]:
+                found.pop(0)
+        return replace(boundary, within=frozenset(within))
 
     def behind(self, call: Call) -> Boundary:
         """The place behind a call of the model in training."""
@@ -200,6 +244,33 @@ class Layout:
         return self.steps[index].kept + STATE_PER_PARAMETER * self.steps[index].state
 
 
+def _crossings(made: Capture) -> list[list[fx.Node]]:
+    """For each step of a capture the values that cross the place behind it."""
+    steps = made.steps
+    position = {node: index for index, node in enumerate(steps)} | {made.source: -1}
+
+    def last_use(node: fx.Node) -> int:
+        uses = (len(steps) if user.op == "output" else position[user] for user in readers(node))
+        return max(uses, default=-1)
+
+    until = {node: last_use(node) for node in position}
+    alive, found = [made.source], []
+    for index, step in enumerate(steps):
+        alive = [node for node in (*alive, step) if until[node] > index]
+        found.append(alive)
+    return found
+
+
+def _uses(made: Capture, trained: Collection[str]) -> dict[str, tuple[int, int]]:
+    """The first and the last step that takes each trained parameter."""
+    found: dict[str, tuple[int, int]] = {}
+    for index, step in enumerate(made.steps):
+        for name in (made.tensors[each] for each in step.all_input_nodes if each in made.tensors):
+            if name in trained:
+                found[name] = found.get(name, (index, index))[0], index
+    return found
+
+
 def value_name(node: fx.Node) -> str:
     """What a person calls a value: the child that returned it, or the operator."""
     calls = calls_of(node)
@@ -227,25 +298,24 @@ def automatic_ends(layout: Layout, count: int) -> list[int]:
 
     The last block ends with the last features before what the model makes of all of them.
     """
-    found = []
-    for values in range(1, MOST_VALUES + 1):
-        ends = _candidates(layout, values)
-        if _most_blocks(layout, ends) >= count:
-            found.append(_of_one_depth(layout, ends, count))
+    # Vectors are cut at where there are too few places of more dimensions.
+    for dimensions in (FEATURE_DIMENSIONS, 2):
+        candidates = [_candidates(layout, values, dimensions) for values in range(1, MOST_VALUES + 1)]
+        enough = [ends for ends in candidates if _most_blocks(layout, ends) >= count]
+        if enough:
+            break
+    found = [_of_one_depth(layout, ends, count) for ends in enough]
     if found:
         # Fewer values are better, unless nearly all of the model lies between the places that they cross.
         limit = _limit(layout, min(_dearest(layout, ends) for ends in found))
         return next(ends for ends in found if _dearest(layout, ends) <= limit)
-    best = max(
-        (_candidates(layout, values) for values in range(1, MOST_VALUES + 1)),
-        key=lambda e: _most_blocks(layout, e),
-    )
+    best = max(_all_candidates(layout), key=lambda e: _most_blocks(layout, e))
     return _cheapest_partition(layout, best, _most_blocks(layout, best)) if best else []
 
 
 def most_blocks(layout: Layout) -> int:
     """Into how many blocks a model can be cut without naming them."""
-    return max(_most_blocks(layout, _candidates(layout, values)) for values in range(1, MOST_VALUES + 1))
+    return max(_most_blocks(layout, ends) for ends in _all_candidates(layout))
 
 
 def _of_one_depth(layout: Layout, ends: list[int], count: int) -> list[int]:
@@ -286,17 +356,24 @@ def _dearest(layout: Layout, ends: Sequence[int]) -> int:
     return max(sum(layout.cost(index) for index in range(start, stop)) for start, stop in pairwise(bounds))
 
 
-def _candidates(layout: Layout, values: int) -> list[int]:
+def _all_candidates(layout: Layout) -> list[list[int]]:
+    return [
+        _candidates(layout, values, dimensions)
+        for dimensions in (FEATURE_DIMENSIONS, 2)
+        for values in range(1, MOST_VALUES + 1)
+    ]
+
+
+def _candidates(layout: Layout, values: int, dimensions: int) -> list[int]:
     """The places to cut at, the last of them the end of the last block; empty without any."""
-    for dimensions in (FEATURE_DIMENSIONS, 2):
-        # The last features are a single value where the model has any; more may cross within its blocks.
-        last = _features_end(layout, 1, dimensions)
-        if last is None or _left(layout, last) > MOST_LEFT:
-            last = _features_end(layout, values, dimensions)
-        if last is not None:
-            inner = [end for end in range(last) if _is_candidate(layout, end, values, dimensions)]
-            return [*(end for end in inner if not _splits_operator(layout, end)), last]
-    return []
+    # The last features are a single value where the model has any; more may cross within its blocks.
+    last = _features_end(layout, 1, dimensions)
+    if last is None or _left(layout, last) > MOST_LEFT:
+        last = _features_end(layout, values, dimensions)
+    if last is None:
+        return []
+    inner = [end for end in range(last) if _is_candidate(layout, end, values, dimensions)]
+    return [*(end for end in inner if not _splits_operator(layout, end)), last]
 
 
 def _left(layout: Layout, last: int) -> float:

@@ -11,16 +11,19 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.jit import ScriptModule
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
 
@@ -34,7 +37,10 @@ aten = torch.ops.aten
 SMALLEST_OPEN_BATCH = 2
 """Graphs whose batch is open hold for batches of at least this: PyTorch takes a size of 1 for one that broadcasts."""
 
-BY_VALUES = "a compiled step has fixed shapes and no branches; use operators such as torch.where, which keep the shape"
+BY_VALUES = (
+    "a compiled step has fixed shapes and no branches; use operators such as torch.where, which keep the shape, and leave "
+    "checks of values out"
+)
 """What to do about code that depends on what a tensor holds."""
 
 
@@ -83,7 +89,9 @@ class Capture:
     batch : int
         Samples in the captured batch.
     open_batch : bool
-        Whether the graph holds for batches of other sizes, too.
+        Whether the graph holds for batches of other sizes, too: those that `holds` is true of.
+    asked : tuple
+        What the model's code found true of an open batch, as expressions of `size`.
     """
 
     graph: fx.Graph
@@ -93,6 +101,22 @@ class Capture:
     result: fx.Node
     batch: int
     open_batch: bool
+    size: Any = None
+    asked: tuple[Any, ...] = ()
+
+    def holds(self, batch: int) -> bool:
+        """Whether the model would run the same operators on a batch of that size.
+
+        What its code asked of the batch's size, as a branch on it or a number rounded up does, has to have the same answer.
+        """
+        if batch == self.batch:
+            return True
+        if not self.open_batch or min(batch, self.batch) < SMALLEST_OPEN_BATCH:
+            return False
+        # One that only some sizes can be written as, such as a multiple, is no symbol.
+        return bool(self.size.is_symbol) and all(
+            each.subs(self.size, batch) == sympy.true for each in self.asked
+        )
 
     @property
     def steps(self) -> list[fx.Node]:
@@ -124,6 +148,11 @@ def is_size(node: fx.Node) -> bool:
 def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
     """The shape of a node's tensor."""
     return tuple(node.meta["val"].shape)
+
+
+def sizes_of(node: fx.Node) -> list[int]:
+    """The shape of a node's tensor for the captured batch."""
+    return [int(each.node.hint) if isinstance(each, torch.SymInt) else each for each in shape_of(node)]
 
 
 def is_tensor(node: Any) -> bool:
@@ -166,13 +195,14 @@ def line_of(node: fx.Node) -> str:
 def authors_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     """Put a model in training or evaluation mode for a while, as its author meant it.
 
-    Children that were left in evaluation while the model trains stay there, as frozen batch norm does, unless the model has
-    a ``train`` of its own to say so.
+    Children that were left in evaluation while the model trains stay there, as frozen batch norm does; so do those that a
+    ``train`` of their own or of the model's leaves there.
     """
     with modes_kept(module):
-        own_train = any(type(child).train is not nn.Module.train for child in module.modules())
-        if own_train or not training or not module.training:
-            module.train(training)
+        left = [child for child in module.modules() if not child.training] if module.training else []
+        module.train(training)
+        for child in left:
+            child.training = False
         yield
 
 
@@ -205,7 +235,7 @@ def followed(
             handle.remove()
 
 
-def capture(module: nn.Module, example: Tensor, *, training: bool) -> Capture:
+def capture(module: nn.Module, example: Tensor, *, training: bool, open_batch: bool = True) -> Capture:
     r"""Capture a model in one of its modes.
 
     Parameters
@@ -217,6 +247,8 @@ def capture(module: nn.Module, example: Tensor, *, training: bool) -> Capture:
         A batch (N, \*input_shape) of its input.
     training
         Whether ``module.train()`` comes first, or ``module.eval()``: what the author made of them is kept.
+    open_batch
+        Whether the graph is to hold for batches of other sizes, too, if that can be.
 
     Raises
     ------
@@ -226,10 +258,10 @@ def capture(module: nn.Module, example: Tensor, *, training: bool) -> Capture:
     """
     batch = len(example)
     exported = None
-    if batch >= SMALLEST_OPEN_BATCH:
+    if open_batch and batch >= SMALLEST_OPEN_BATCH:
         with contextlib.suppress(Exception):  # whatever keeps the batch from being open is met again below
             exported = _exported(module, example, training, open_batch=True)
-    if exported is None or not _is_open(exported):
+    if exported is None or not _is_open(exported) or _rounds_sizes(exported):
         try:
             exported = _exported(module, example, training, open_batch=False)
         except UsageError:
@@ -275,27 +307,41 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 @contextlib.contextmanager
 def _assignments_written(module: nn.Module) -> Iterator[None]:
     """A child's buffer that is assigned a new tensor is written: export sees that of the model's own buffers only."""
-    originals: dict[tuple[int, str], Tensor] = {}
+    assigned: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
-    def write(child: nn.Module, name: str, value: Any) -> None:
+    def note(child: nn.Module, name: str, value: Any) -> None:
         before = child._buffers.get(name)
         if child is module or before is None or value is before or not isinstance(value, Tensor):
             return
-        original = originals.setdefault((id(child), name), before)
-        with torch.no_grad():
-            original.copy_(value.detach())
+        original, _ = assigned.get((id(child), name), (before, before))
+        assigned[id(child), name] = original, value.detach()
 
-    hook = register_module_buffer_registration_hook(write)
+    def write(*_: object) -> None:
+        # At the end: until then the tensor that was there has its values, in views of it, too.
+        for original, value in assigned.values():
+            original.copy_(value)
+
+    hooks = register_module_buffer_registration_hook(note), module.register_forward_hook(write)
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _is_open(exported: ExportedProgram) -> bool:
     length = _source(exported).meta["val"].shape[0]
     # One that the model's code has fixed on the way still looks open.
     return isinstance(length, torch.SymInt) and not length.node.expr.is_number
+
+
+def _rounds_sizes(exported: ExportedProgram) -> bool:
+    """Whether sizes are computed by way of fractions, as a share of the batch is: no graph can be written with these."""
+    values = (node.meta.get("val") for node in exported.graph.nodes)
+    symbols = (each.node.expr for each in values if isinstance(each, torch.SymInt))
+    return any(isinstance(node.meta.get("val"), torch.SymFloat) for node in exported.graph.nodes) or any(
+        "Float" in str(each) or "Trunc" in str(each) for each in symbols
+    )
 
 
 def _source(exported: ExportedProgram) -> fx.Node:
@@ -306,14 +352,30 @@ def _source(exported: ExportedProgram) -> fx.Node:
 
 def _refusal(module: nn.Module, example: Tensor, error: Exception) -> UsageError:
     title = type(module).__name__
+    scripted = next((name for name, each in module.named_modules() if isinstance(each, ScriptModule)), None)
+    if scripted is not None:
+        return UsageError(
+            f"module '{scripted}' of model {title} is compiled by torch.jit.script, which cannot be captured: build the model "
+            "of the plain module that it was made of"
+        )
+    if "fake tensor" in str(error) and "constant" in str(error):
+        return UsageError(
+            f"model {title} differentiates in its forward, as torch.autograd.grad does, or keeps what it makes there: a "
+            "compiled step has one backward pass and no memory of its own; write the derivative in plain operators"
+        )
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
         return UsageError(
             f"model {title} decides by the values of a tensor{raised_at(error, module)}: {BY_VALUES}"
         )
     return UsageError(
         f"model {title} does not run on an input of shape {list(example.shape)}, "
-        f"{str(example.dtype).removeprefix('torch.')}{raised_at(error, module)}: {first_line(error)}: {_hint(error, example)}"
+        f"{str(example.dtype).removeprefix('torch.')}{raised_at(error, module)}: {_in_numbers(error, len(example))}: {_hint(error, example)}"
     )
+
+
+def _in_numbers(error: Exception, batch: int) -> str:
+    """What an error says, without the name that export gives to the batch."""
+    return re.sub(r"\bs\d+\b", str(batch), first_line(error))
 
 
 def raised_at(error: BaseException, module: nn.Module) -> str:
@@ -329,6 +391,14 @@ def raised_at(error: BaseException, module: nn.Module) -> str:
     return (f" in module '{path}'" if path else "") + (f" ({line})" if line else "")
 
 
+def authors_line() -> str:
+    """The line of a model's code that is running, such as ``nets.py:12``; empty where none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_authors(frame):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}" if frame else ""
+
+
 def _is_authors(frame: FrameType) -> bool:
     """Whether a frame runs the code of a model rather than ours or PyTorch's."""
     name = frame.f_globals.get("__name__", "")
@@ -339,6 +409,8 @@ def _is_authors(frame: FrameType) -> bool:
 def _hint(error: Exception, example: Tensor) -> str:
     if "indices" in str(error) and torch.is_floating_point(example):
         return "give its vocabulary, if it takes token ids"
+    if "numpy" in str(error).lower():
+        return "compute with PyTorch's operators, which can be captured, rather than NumPy's"
     return "correct the input shape or the model"
 
 
@@ -364,9 +436,12 @@ def _flattened(module: nn.Module, exported: ExportedProgram, batch: int) -> Capt
     result = graph.output_node().args[0]
     assert isinstance(result, fx.Node)
     graph.lint()
-    return Capture(
-        graph, tensors, constants, named[signature.user_inputs[0]], result, batch, _is_open(exported)
-    )
+    source = named[signature.user_inputs[0]]
+    if not _is_open(exported):
+        return Capture(graph, tensors, constants, source, result, batch, open_batch=False)
+    length = source.meta["val"].shape[0].node
+    asked = tuple(guard.expr for guard in length.shape_env.guards)
+    return Capture(graph, tensors, constants, source, result, batch, True, length.expr, asked)
 
 
 def _renamed(module: nn.Module, name: str, first_names: Mapping[int, str]) -> str:
@@ -466,8 +541,14 @@ def _write_early(graph: fx.Graph, tensors: Mapping[fx.Node, str]) -> None:
                 # The value was written there already.
                 graph.erase_node(write)
                 continue
-            others = [value, *(user for user in buffer.users if user is not write)]
+            others = [value, *(user for user in readers_of(buffer) if user is not write)]
             max(others, key=lambda node: position[node]).append(write)
+
+
+def readers_of(tensor: fx.Node) -> list[fx.Node]:
+    """What takes a tensor or a view of it."""
+    found = list(tensor.users)
+    return found + [reader for user in found if is_view(user) for reader in readers_of(user)]
 
 
 def _forget_unused(graph: fx.Graph) -> None:

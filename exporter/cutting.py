@@ -8,20 +8,30 @@ names, and are shown to do together what the model does.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
 
 from frostline.exporter.boundaries import Layout, automatic_ends, most_blocks
-from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, place_of, raised_at
+from frostline.exporter.capture import Call, Capture, calls_of, is_in_place, place_of, raised_at, sizes_of
+from frostline.exporter.executorch_lowering import UnsupportedOperators
 from frostline.exporter.inputs import random_inputs
 from frostline.exporter.named_tensors import register, tensors_of
-from frostline.exporter.part import Boundary, Captures, Feature, Part, Span, handed_on
-from frostline.exporter.semantics import Differs, Observation, check_same, observe
-from frostline.exporter.steadiness import RUNS, own_gradients, unsteady
+from frostline.exporter.part import BEFORE, Boundary, Captures, Feature, Part, Span, handed_on
+from frostline.exporter.semantics import (
+    FLOOR,
+    Differs,
+    Observation,
+    check_same,
+    close,
+    gradients_in_place,
+    observe,
+)
+from frostline.exporter.steadiness import RUNS, carried, own_gradients, unsteady
 from frostline.exporter.support import check_model
 from frostline.protocol.errors import UsageError, first_line
 
@@ -124,6 +134,7 @@ class Cutter:
         self._module, self._vocabulary = module, vocabulary
         self._x = _batch_like(example, vocabulary)
         check_model(module, self._x)
+        _check_runs(module, self._x)
         self._captures = Captures(module, self._x, vocabulary)
         evaluated = self._captures.of(training=False)
         made = self._captures.of(training=True)
@@ -143,7 +154,7 @@ class Cutter:
         names = () if isinstance(blocks, int) else tuple(blocks)
         _check_request(module, blocks, names)
         if isinstance(blocks, int):
-            ends = _automatic(layout, module, blocks)
+            ends = _automatic(layout, module, blocks, self._whole)
             boundaries = [layout.boundary(end) for end in ends]
         else:
             boundaries = [_named(layout, module, name) for name in names]
@@ -184,11 +195,27 @@ def _batch_like(example: Tensor, vocabulary: int | None) -> Tensor:
     return random_inputs(CAPTURED_BATCH, tuple(example.shape[1:]), vocabulary, random).to(example.device)
 
 
+def _check_runs(module: nn.Module, x: Tensor) -> None:
+    """Refuse random numbers that no step can draw, and state that no device keeps; other errors are met again."""
+    try:
+        kept = carried(module, x)
+    except UnsupportedOperators as error:
+        where = raised_at(error, module)
+        raise UsageError(
+            f"model {type(module).__name__} cannot be trained{where}: {first_line(error)}"
+        ) from error
+    except Exception:  # it runs the model's code, which may raise anything
+        return
+    if kept is not None:
+        raise UsageError(kept)
+
+
 def _observed(module: nn.Module, x: Tensor) -> Observation:
     title = type(module).__name__
     try:
         seen = observe(module, x)
         why = unsteady(module, x, seen)
+        in_place = gradients_in_place(module, x)
     except Exception as error:  # it runs the model's code, which may raise anything
         where = raised_at(error, module)
         raise UsageError(f"model {title} cannot be trained{where}: {first_line(error)}") from error
@@ -199,6 +226,18 @@ def _observed(module: nn.Module, x: Tensor) -> Observation:
         )
     if why is not None:
         raise UsageError(why)
+    norms = [float(each.norm()) for each in in_place.values()]
+    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
+    for name, gradient in in_place.items():
+        found = seen.gradients.get(name)
+        if found is None or not close(found, gradient, FLOOR * largest):
+            why = unsteady(module, x, seen, RUNS)
+            if why is not None:
+                raise UsageError(why)
+            raise UsageError(
+                f"model {title} uses its parameter {name!r} by another reference, as a list or functools.partial holds one, so "
+                f"that devices would not train it: use it by its name, self.{name}, or keep the list as nn.ParameterList"
+            )
     if not seen.gradients:
         asked = any(each.requires_grad for each in module.parameters())
         why = (
@@ -283,15 +322,16 @@ def _check_request(module: nn.Module, blocks: int | Sequence[str], names: tuple[
 
 
 def _path(name: str) -> str:
-    return name.partition("+")[0].partition("@")[0]
+    return name.removeprefix(BEFORE).partition("+")[0].partition("@")[0]
 
 
 def _named(layout: Layout, module: nn.Module, name: str) -> Boundary:
-    """The boundary of a name such as ``layer1``, ``conv1+relu`` or, for a second call, ``conv1@1``."""
-    place, *operators = name.split("+")
+    """The boundary of a name such as ``layer1``, ``conv1+relu``, ``before:layer2`` or, for a second call, ``conv1@1``."""
+    before = name.startswith(BEFORE)
+    place, *operators = name.removeprefix(BEFORE).split("+")
     path, _, count = place.partition("@")
     if not path:
-        return Boundary(None, tuple(operators))
+        return layout.named(None, tuple(operators), before=False)
     calls = {call: None for step in layout.steps for call in calls_of(step.node)[1:]}
     counts = [call.count for call in calls if call.path == path]
     title = type(module).__name__
@@ -306,8 +346,8 @@ def _named(layout: Layout, module: nn.Module, name: str) -> Boundary:
             f"block {path!r} of model {title} is called {len(counts)} times: name a child that is called once, or one call, "
             f"as in {path}@0"
         )
-    behind = layout.behind(Call(path, int(count) if count.isdigit() else 0))
-    return replace(behind, operators=tuple(operators))
+    call = Call(path, int(count) if count.isdigit() else 0)
+    return layout.named(call, tuple(operators), before=before)
 
 
 def _end(layout: Layout, boundary: Boundary) -> int:
@@ -323,7 +363,7 @@ def _end(layout: Layout, boundary: Boundary) -> int:
         )
     features = layout.features(end)
     if features is None:
-        shapes = [list(node.meta["val"].shape) for node in crossing]
+        shapes = [sizes_of(node) for node in crossing]
         raise UsageError(
             f"block {name!r} hands on shapes {shapes} for a batch of {layout.made.batch}: end it where the batch is an axis "
             "of every value"
@@ -352,29 +392,50 @@ def _check_order(boundaries: Sequence[Boundary], ends: Sequence[int]) -> None:
             )
 
 
-def _automatic(layout: Layout, module: nn.Module, count: int) -> list[int]:
+def _automatic(layout: Layout, module: nn.Module, count: int, whole: Observation) -> list[int]:
     possible = most_blocks(layout)
     if count == 1 and not possible:
         return []
+    if count > possible and bool((whole.outputs.isnan() | (whole.outputs == math.inf)).any()):
+        raise UsageError(
+            f"model {type(module).__name__} returns logits that are not finite for random samples: look for a division by zero, "
+            "a logarithm or a root of what may be negative, or weights that are too large"
+        )
     if count > possible:
         raise UsageError(
             f"model {type(module).__name__} cannot be cut into {count} blocks: {possible or 1} is the most its boundaries "
             "allow, each block with something to train; ask for fewer, or name the children to cut after"
-            + _ties(layout)
+            + (_ties(layout) or _without_gradient(layout))
         )
     return automatic_ends(layout, count)
 
 
 def _ties(layout: Layout) -> str:
     """What keeps the most of a model in one block, where a tensor does."""
-    if not layout.shared:
+    apart = {
+        name: (first, last)
+        for name, (first, last) in layout.shared.items()
+        if calls_of(layout.steps[first].node) != calls_of(layout.steps[last].node)
+    }
+    if not apart:
         return ""
-    name, (first, last) = max(layout.shared.items(), key=lambda each: each[1][1] - each[1][0])
+    name, (first, last) = max(apart.items(), key=lambda each: each[1][1] - each[1][0])
     names = [each for each, tensor in layout.tensors.items() if tensor is layout.tensors[name]]
     return (
         f". Tensor {' or '.join(map(repr, names))} is used by {place_of(layout.steps[first].node)} and again by {place_of(layout.steps[last].node)}: "
         "blocks cannot share it; untie it, or train all in one with blocks = 1"
     )
+
+
+def _without_gradient(layout: Layout) -> str:
+    """The parameters that nothing trains, which may be meant to be."""
+    names = [
+        name for name, each in layout.tensors.items() if each.requires_grad and name not in layout.trained
+    ]
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f". No gradient reaches {', '.join(map(repr, names[:3]))}{more}"
 
 
 class _Chain(nn.Module):

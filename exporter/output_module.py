@@ -6,9 +6,9 @@ Progressive Training", KDD 2025, arXiv 2404.13349) and NeuLite (Wu et al., "NeuL
 Elastic Progressive Training", arXiv 2408.10826): one 3×3 stride-2 convolution, without normalisation or activation, takes a
 block's place. Here the stride is the one that gives the block's own output shape.
 
-A stand-in never has more parameters than the block it imitates. Where a dense convolution would, as for bottlenecks, inverted
+A stand-in has no more parameters than the block it imitates. Where a dense convolution would, as for bottlenecks, inverted
 residuals and separable convolutions, it is a depthwise convolution and a pointwise one, whose matrix is of low rank if need
-be. **Dense** ones are full convolutions as those papers have them, however large: to compare with.
+be; the least of these, of rank one, may be larger than a block of a few dozen parameters. **Dense** ones are full convolutions as those papers have them, however large: to compare with.
 
 For tokens, and for single vectors, the stand-in is one linear layer over the features of each token: an extension of our own.
 Like the convolution it is linear, mixes all features and maps the block's input shape to its output shape; and since
@@ -16,7 +16,7 @@ attention treats near and far tokens alike, a kernel over neighbouring ones woul
 places there are otherwise than a stride does are resampled: places are averaged or repeated, then features mixed.
 
 Where a boundary hands on several values, what the block only passes on is passed on, and the others are imitated from the
-largest.
+largest that anything trains.
 
 **Linear**: the block's features, averaged over all their places, and one linear layer to the classes. This is the head that
 each stage but the last has in ProgFed (Wang et al., "ProgFed: Effective, Communication, and Computation Efficient Federated
@@ -219,9 +219,17 @@ def _unpacked(x: Tensor, features: Sequence[Feature]) -> list[Tensor]:
 
 
 def _largest(features: Sequence[Feature]) -> int:
-    """The float value that the others are imitated from: of those with most axes the largest, and the last of equals."""
+    """The float value that the others are imitated from: of those with most axes the largest, and the last of equals.
+
+    Masks are none, whatever their axes: they hold minus infinity, or nearly.
+    """
     floats = [index for index, each in enumerate(features) if each.dtype.is_floating_point]
-    return max(floats, key=lambda index: (len(features[index].shape), features[index].size, index))
+
+    def preference(index: int) -> tuple[bool, int, int, int]:
+        feature = features[index]
+        return feature.trained, len(feature.shape), feature.size, index
+
+    return max(floats, key=preference)
 
 
 def build_output_module(

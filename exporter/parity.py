@@ -15,12 +15,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.device_runtime.engine import TrainingSession, open_runtime
 from frostline.exporter.dropout import SeededDropout
@@ -43,6 +44,8 @@ Steps = Sequence[Sequence[Batch]]
 """The micro-batches of each step."""
 
 STEPS = 3
+PADDED = 1
+"""The step, from 0, whose samples end in zeros: masks, ties and what is all the same are met there."""
 LEARNING_RATE = 0.05
 LOSS_TOLERANCE = 1e-3
 """Error let through of a loss, relative to itself."""
@@ -130,7 +133,7 @@ class _NearlyRight(RunError):
 
 
 def _checked(stage: Stage, options: ExportOptions, micro_batches: int, train: Train, draw: int) -> Parity:
-    batches = [_random_batch(stage, options, draw * STEPS + step) for step in range(STEPS)]
+    batches = [_random_batch(stage, options, draw * STEPS + step, step == PADDED) for step in range(STEPS)]
     parts = [list(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)) for x, y in batches]
     optimizer = options.optimizer
     exact = train_eagerly(stage, optimizer, parts, LEARNING_RATE)
@@ -138,6 +141,8 @@ def _checked(stage: Stage, options: ExportOptions, micro_batches: int, train: Tr
         train_eagerly(stage, optimizer, parts, LEARNING_RATE, torch.float32, noise)
         for noise in (0.0, LAST_BITS)
     ]
+    ties = FirstOfEqual()  # type: ignore[no-untyped-call]
+    rounded.append(train_eagerly(stage, optimizer, parts, LEARNING_RATE, torch.float32, ties=ties))
     before = {name: each.detach().double() for name, each in tensors_of(stage.model).items()}
     parity = Parity(0.0, 0.0)
     for step, ((loss, tensors), want, *near) in enumerate(zip(train(parts), exact, *rounded, strict=True), 1):
@@ -213,11 +218,26 @@ def _check_sound(stage: Stage, want: Trained) -> None:
         )
 
 
-def _random_batch(stage: Stage, options: ExportOptions, seed: int) -> Batch:
+def _random_batch(stage: Stage, options: ExportOptions, seed: int, padded: bool = False) -> Batch:
     labels = torch.Generator().manual_seed(seed)
-    return stage.random_batch(options.batch, seed), torch.randint(
-        0, options.classes, (options.batch,), generator=labels
-    )
+    y = torch.randint(0, options.classes, (options.batch,), generator=labels)
+    return stage.random_batch(options.batch, seed, padded=padded), y
+
+
+class FirstOfEqual(TorchDispatchMode):
+    """Of equal values `topk` takes those that come first: PyTorch leaves it open, and so may a runtime."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.ops.aten.topk.default:
+            return func(*args, **(kwargs or {}))
+
+        def first(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:  # noqa: A002
+            values, places = torch.sort(x, dim=dim, descending=largest, stable=True)
+            return values.narrow(dim, 0, k), places.narrow(dim, 0, k)
+
+        return first(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -311,6 +331,7 @@ def train_eagerly(
     learning_rate: float,
     dtype: torch.dtype = torch.float64,
     noise: float = 0.0,
+    ties: contextlib.AbstractContextManager[object] | None = None,
 ) -> Iterator[Trained]:
     """What PyTorch makes of the same batches, by its own optimizers rather than ours, after each step.
 
@@ -320,6 +341,8 @@ def train_eagerly(
     ----------
     noise : float
         By how much float inputs are off, relative to each value.
+    ties : FirstOfEqual, optional
+        Which of equal values come first.
     """
     random = torch.Generator().manual_seed(0)
     model = copy.deepcopy(stage.model).to(dtype).train()
@@ -335,7 +358,7 @@ def train_eagerly(
         for x, y in parts:
             if x.is_floating_point():
                 x = x.to(dtype) * (1 + noise * torch.randn(x.shape, generator=random, dtype=dtype))
-            with SeededDropout(torch.tensor(float(calls))):
+            with ties or contextlib.nullcontext(), SeededDropout(torch.tensor(float(calls))):
                 loss = F.cross_entropy(model(x), y)
             (loss / len(parts)).backward()
             losses.append(loss.item())

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from frostline.exporter.capture import (
-    SMALLEST_OPEN_BATCH,
     Call,
     Capture,
     calls_of,
@@ -47,6 +46,8 @@ class Feature:
         Where the batch is in the model's own value.
     step : int
         The step of the model in training that makes it; -1 for the model's input.
+    trained : bool
+        Whether it is computed with anything that trains, as features are and masks are not.
     """
 
     name: str
@@ -54,11 +55,16 @@ class Feature:
     dtype: torch.dtype
     batch_axis: int = 0
     step: int = -1
+    trained: bool = True
 
     @property
     def size(self) -> int:
         """Numbers a sample."""
         return math.prod(self.shape)
+
+
+BEFORE = "before:"
+"""What the name of a boundary in front of a call begins with."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,12 @@ class Boundary:
     ----------
     call : Call or None
         The call it is behind; None for the start of the forward pass.
+    before : bool
+        Whether it is in front of the call rather than behind it.
     operators : tuple of str
         The name of an operator behind that call that still lies before it, once for each time that it has run by then.
+    within : frozenset of Call
+        The calls that run between the call and the place, in training: elsewhere an operator of that name is another one.
     otherwise : Boundary or None
         Where it is in captures in which the call computes nothing, as a layer of noise in evaluation.
     """
@@ -78,13 +88,15 @@ class Boundary:
     call: Call | None
     operators: tuple[str, ...] = ()
     otherwise: Boundary | None = None
+    within: frozenset[Call] = frozenset()
+    before: bool = False
 
     @property
     def name(self) -> str:
-        """Such as ``layer1`` or ``conv2+add``."""
+        """Such as ``layer1``, ``conv2+add`` or ``before:layer2``."""
         path = self.call.path if self.call else ""
         count = f"@{self.call.count}" if self.call and self.call.count else ""
-        return "+".join([path + count, *self.operators])
+        return "+".join([BEFORE * self.before + path + count, *self.operators])
 
     def is_in(self, steps: Sequence[fx.Node]) -> bool:
         """Whether it is found in a graph."""
@@ -107,15 +119,22 @@ class Boundary:
             inside = [index for index, node in enumerate(steps) if self.call in calls_of(node)]
             if not inside and self.otherwise is None:
                 raise UsageError(f"block {self.name!r} computes nothing: name another child")
+            if self.before:
+                return inside[0] - 1
             last = inside[-1] if inside else self.otherwise.position(steps)  # type: ignore[union-attr]
+        around = {*self.within, *(calls_of(steps[last]) if last >= 0 else ())}
         for wanted in self.operators:
-            following = (index for index in range(last + 1, len(steps)) if name_of(steps[index]) == wanted)
-            last = next(following, -1)
-            if last < 0:
+            beyond = last + 1
+            while beyond < len(steps) and around.issuperset(calls_of(steps[beyond])):
+                if name_of(steps[beyond]) == wanted:
+                    break
+                beyond += 1
+            else:
                 raise UsageError(
                     f"the model runs differently in training and evaluation before the end of block {self.name!r}: "
-                    "end the block elsewhere"
+                    "end the block elsewhere, or train all in one with blocks = 1"
                 )
+            last = beyond
         while last + 1 < len(steps) and steps[last + 1].target is leave_grad_mode:
             last += 1
         return last
@@ -143,12 +162,14 @@ class Captures:
     def of(self, *, training: bool, batch: int | None = None) -> Capture:
         """The capture that holds for batches of a size; by default for that of the example."""
         batch = len(self._example) if batch is None else batch
-        for (mode, _), made in self._made.items():
-            holds = made.open_batch and min(batch, made.batch) >= SMALLEST_OPEN_BATCH
-            if mode == training and (holds or made.batch == batch):
+        in_mode = [made for (mode, _), made in self._made.items() if mode == training]
+        for made in in_mode:
+            if made.holds(batch):
                 return made
         rows = torch.arange(batch) % len(self._example)
-        made = capture(self.module, self._example[rows], training=training)
+        # A second open one would hold for other sizes than the first.
+        opened = any(made.open_batch for made in in_mode)
+        made = capture(self.module, self._example[rows], training=training, open_batch=not opened)
         self._made[training, batch] = made
         return made
 
@@ -166,7 +187,7 @@ class PartGraph:
     constants : tuple of Tensor
         What it takes after those.
     batch : int or None
-        The size of batch it is for; None for any above one.
+        The size of batch it is for; None for those that the open capture holds for.
     """
 
     run: fx.GraphModule
@@ -275,7 +296,7 @@ class Span:
             if boundary and [each.shape for each in expected] != [sample_shape(made, each) for each in found]:
                 raise UsageError(
                     f"the model hands on other values in training than in evaluation at the end of block {boundary.name!r}: "
-                    "end the block elsewhere"
+                    "end the block elsewhere, or train all in one with blocks = 1"
                 )
         slicer = _Slicer(made, self.inputs if self.start else ())
         return slicer.sliced(steps[first:last], inputs, outputs, self.outputs if self.end else ())

@@ -79,6 +79,28 @@ def observe_step(module: nn.Module, x: Tensor, seed: int = 0) -> Observation:
     return Observation(outputs.detach(), outputs.new_empty(0), gradients, written, drew)
 
 
+def gradients_in_place(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The gradients of `observe` when the model runs with its own tensors, none in their place.
+
+    What its code reaches by another reference than their names, as in a list, has a gradient only then. Its tensors stay as
+    they are. Raises whatever the model's own code raises.
+    """
+    tensors = tensors_of(module)
+    values = {name: each.detach().clone() for name, each in tensors.items()}
+    buffers = {child: dict(child._buffers) for child in module.modules()}
+    try:
+        with _plain(), seeded(), authors_mode(module, training=True), SeededDropout(torch.tensor(1.0)):
+            outputs = module(x.clone())
+            return _gradients(outputs, {name: each for name, each in tensors.items() if each.requires_grad})
+    finally:
+        for child, own in buffers.items():
+            child._buffers.update(own)
+        with torch.no_grad():
+            for name, each in tensors.items():
+                if not torch.equal(each, values[name]):
+                    each.copy_(values[name])
+
+
 def copies_of(module: nn.Module) -> dict[str, Tensor]:
     """Copies of a module's parameters and buffers by name; what is shared stays shared, so that nothing need be tied.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.exporter.cutting import CutModel
-from frostline.exporter.inputs import random_inputs
+from frostline.exporter.inputs import pad, random_inputs
 from frostline.exporter.named_tensors import tensors_of
 from frostline.exporter.output_module import OutputModule, OutputModuleKind, build_output_module
 from frostline.exporter.part import Part, joined
@@ -88,16 +88,19 @@ class Stage:
         object.__setattr__(self, "trained", frozenset(seen.gradients.keys() & parameters.keys()))
         object.__setattr__(self, "written", frozenset(seen.written.keys() & {**parameters, **buffers}.keys()))
 
-    def random_batch(self, count: int, seed: int) -> Tensor:
+    def random_batch(self, count: int, seed: int, *, padded: bool = False) -> Tensor:
         r"""What the stage takes, (count, \*input_shape), of samples drawn at random.
 
         It is what the blocks in front of it make of them: masks, counts and values that are never negative stay such.
+        `padded` samples end in zeros, as those that are shorter than the others do.
         """
         random = torch.Generator().manual_seed(seed)
         if self.before is None:
-            return random_inputs(count, self.input_shape, self.vocabulary, random)
+            x = random_inputs(count, self.input_shape, self.vocabulary, random)
+            return pad(x) if padded else x
         (source,) = self.before.span.inputs
         x = random_inputs(count, source.shape, self.before.span.captures.vocabulary, random)
+        x = pad(x) if padded else x
         self.before.eval()
         with torch.no_grad():
             features: Tensor = self.before(x)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from frostline.exporter.capture import authors_mode, followed
 from frostline.exporter.dropout import SeededDropout
 from frostline.exporter.random_numbers import seeded
-from frostline.exporter.semantics import Observation, close, copies_of, observe
+from frostline.exporter.semantics import Observation, close, copies_of, observe, observe_step
 
 Returned = list[tuple[str, list[Tensor]]]
 """What each call returned, in the order they ended: the child's qualified name and the tensors."""
@@ -80,6 +80,47 @@ def _cause(module: nn.Module, x: Tensor, seed: int, *, training: bool) -> str:
         f"{where} returns other values when the same batch comes again, as with random numbers of Python's or NumPy's: a "
         "compiled step knows those of PyTorch only, such as torch.rand"
     )
+
+
+def carried(module: nn.Module, x: Tensor) -> str | None:
+    """Say which tensor a model keeps in an attribute for the next batch; None where nothing depends on any.
+
+    Parameters
+    ----------
+    module
+        It is run up to three times; its tensors and attributes stay as they are.
+    """
+    first = _tensors_kept(module)
+    try:
+        observe_step(module, x)
+        before = _tensors_kept(module)
+        seen = observe_step(module, x)
+        kept = {key: value for key, value in _tensors_kept(module).items() if value is not before.get(key)}
+        for (child, attribute), value in kept.items():
+            setattr(child, attribute, pytree.tree_map_only(Tensor, lambda each: each.detach() * 2 + 1, value))
+        if not kept or _same(seen.outputs, observe_step(module, x).outputs):
+            return None
+    finally:
+        for (child, attribute), value in first.items():
+            setattr(child, attribute, value)
+    names = {id(child): name for name, child in module.named_modules()}
+    child, attribute = next(iter(kept))
+    where = f"module '{names[id(child)]}'" if names[id(child)] else "the model"
+    return (
+        f"{where} keeps a tensor in its attribute {attribute!r} for the next batch, which "
+        "devices would not: they keep parameters and float buffers between steps; begin each batch anew, or make it a buffer"
+    )
+
+
+def _tensors_kept(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """The attributes of modules that hold tensors which are no parameters and no buffers."""
+    return {
+        (child, key): value
+        for child in module.modules()
+        for key, value in vars(child).items()
+        if key not in ("_parameters", "_buffers", "_modules")
+        and (value is None or any(isinstance(each, Tensor) for each in pytree.tree_leaves(value)))
+    }
 
 
 def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:

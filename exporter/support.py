@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.exporter.capture import BY_VALUES, calls_of, followed, line_of
+from frostline.exporter.capture import BY_VALUES, authors_line, calls_of, followed, line_of
 from frostline.exporter.executorch_lowering import UnsupportedOperators, kernel_names
 from frostline.exporter.modes import mode
 from frostline.exporter.part import VISITOR
@@ -285,6 +285,11 @@ class _Recorder(TorchDispatchMode):
         self._heard = heard
         self._scope = _Scope()
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """The module and the line that are running."""
+        return self._scope.place
+
     @contextlib.contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
         """Follow which child of a module is running."""
@@ -319,7 +324,10 @@ class _Recorder(TorchDispatchMode):
         shape = None if first is None else tuple(first.shape)
         name = str(func._schema.name).replace("::", ".")
         name = "Tensor.item" if func is aten._local_scalar_dense.default else name
-        self._heard(Use(name, module, line, shape, node is not None, _by_value(func, args)), result)
+        by_value = _by_value(func, args)
+        if by_value and node is None:
+            line = line or authors_line()
+        self._heard(Use(name, module, line, shape, node is not None, by_value), result)
         return result
 
 
@@ -334,6 +342,13 @@ class _Checking(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
+        if given.get("generator") is not None:
+            path, _ = self._recorder.place
+            where = f"module '{path}'" if path else "the model's own forward"
+            raise UsageError(
+                f"{where} draws from a torch.Generator of its own ({authors_line()}): devices draw from the step's seed; "
+                "leave the generator out"
+            )
         # Without the number of classes their number is the largest id.
         checks = func is F.one_hot and (args[1:] or given.get("num_classes", -1)) not in (-1, (-1,))
         with self._recorder.deaf() if checks else contextlib.nullcontext():

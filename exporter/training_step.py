@@ -20,6 +20,8 @@ from frostline.exporter.layout import MODEL_ORDER, Layout
 from frostline.exporter.optimizer import Optimizer
 from frostline.exporter.part import prepare_parts
 from frostline.exporter.recomputation import RecomputingForward
+from frostline.exporter.rewrites.extremes import bound_gradients
+from frostline.exporter.rewrites.functional import name_what_is_written
 from frostline.exporter.stage import Stage, statistics_tensors, trainable_tensors
 from frostline.exporter.tiles import kernel, pick, tile_name, tiles_of
 from frostline.exporter.update_order import update_early
@@ -315,6 +317,8 @@ def _trace(
     with without_collection():
         with _without_onednn():
             graph: fx.GraphModule = traced(*inputs.values())
+        name_what_is_written(graph)
+        bound_gradients(graph)
         graph.graph.eliminate_dead_code()
         update_early(graph.graph, written)
         used = _drop_unused(graph, inputs, written)

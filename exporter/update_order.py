@@ -7,11 +7,12 @@ before the forward pass began. Until then the gradient, or all that it is comput
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from torch import fx
 
+from frostline.exporter.capture import readers_of
 from frostline.exporter.part import base_of
 from frostline.exporter.rewrites.functional import written_by
 from frostline.exporter.tiles import split_name
@@ -37,11 +38,23 @@ def update_early(graph: fx.Graph, written: Sequence[str]) -> None:
         bases = {base_of(node) for node in (*inputs, *nodes)} & writes.keys()
         until = position[nodes[-1]]
         sources |= {write for base in bases for write in writes[base] if position[write] < until}
+        # What reads the value that is written over, or a view of it, comes before that.
+        sources |= _read_before(nodes, position)
         last = max(sources, key=lambda node: position[node], default=None)
         if last is None or last.op == "placeholder":
             continue
         for node in reversed([node for node in nodes if position[node] > position[last]]):
             last.append(node)
+
+
+def _read_before(nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """The other nodes that read what some nodes write to, before it is written."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        for changed in written_by(node):
+            readers = readers_of(base_of(changed))
+            found.update(each for each in readers if position[each] < position[node])
+    return found - set(nodes)
 
 
 def _writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -70,9 +70,16 @@ Value = Tensor | Permuted
 
 
 class Arranger:
-    """Hands out values with their axes in the order asked for; each order is made once, however many ask."""
+    """Hands out values with their axes in the order asked for; each order is made once, however many ask.
 
-    def __init__(self) -> None:
+    Attributes
+    ----------
+    far_values : bool
+        Whether values may be far apart or infinite, so that small ones are lost in sums with them.
+    """
+
+    def __init__(self, *, far_values: bool = False) -> None:
+        self.far_values = far_values
         self._made: dict[tuple[int, tuple[int, ...]], tuple[Value, Tensor]] = {}
         self._notes: dict[tuple[Hashable, int], tuple[Value, Any]] = {}
 

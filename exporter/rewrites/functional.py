@@ -54,7 +54,7 @@ def functional(
     interpreter : type, optional
         Rewrites operators on the way.
     """
-    _name_what_is_written(graph)
+    name_what_is_written(graph)
     if _writes_what_is_viewed(graph):
         graph = _retraced(graph, arguments, {}, LiftingInterpreter)
     if interpreter is not None:
@@ -130,7 +130,7 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.is_view
 
 
-def _name_what_is_written(graph: fx.GraphModule) -> None:
+def name_what_is_written(graph: fx.GraphModule) -> None:
     """In training `native_batch_norm` writes its running statistics and does not say so; another operator says it."""
     for node in graph.graph.find_nodes(op="call_function", target=aten.native_batch_norm.default):
         _x, _weight, _bias, mean, _variance, training, *_rest = node.args

@@ -148,16 +148,22 @@ def _batch_norm_backward(arrange: Arranger, grad: Value, x: Value, *rest: Any) -
 
 
 def _max_pool(arrange: Arranger, x: Value, *geometry: Any) -> Any:
-    held = arrange.image(x)
+    held = _finite(arrange, x)
     windows = pooling.windows_of_pool(held.shape[1:-1], *geometry)
-    return _with_places(held, windows)
+    return _with_places(held, windows, arrange.far_values)
+
+
+def _finite(arrange: Arranger, x: Value) -> Tensor:
+    """What maxima are taken of: their products do not take what is infinite."""
+    held = arrange.image(x)
+    return held.clamp(pooling.LOWEST, -pooling.LOWEST) if arrange.far_values else held
 
 
 def _max_pool_backward(arrange: Arranger, grad: Value, x: Value, *rest: Any) -> Any:
-    held = arrange.image(x)
+    held = _finite(arrange, x)
     *geometry, _indices = rest
     windows = pooling.windows_of_pool(held.shape[1:-1], *geometry)
-    return image(pooling.max_pool_backward(arrange.image(grad), held, windows))
+    return image(pooling.max_pool_backward(arrange.image(grad), held, windows, far=arrange.far_values))
 
 
 def _average_pool(arrange: Arranger, x: Value, *geometry: Any) -> Any:
@@ -207,26 +213,26 @@ def _averages(shape: Sequence[int], output: Sequence[int]) -> list[resampling.Ax
 
 
 def _adaptive_max_pool(arrange: Arranger, x: Value, output: Sequence[int]) -> Any:
-    held = arrange.image(x)
+    held, far = _finite(arrange, x), arrange.far_values
     if math.prod(output) == 1:
         shape = [held.shape[0], held.shape[-1], *output]
         places = Deferred(lambda: pooling.whole_max_places(held).reshape(shape))
         return pooling.whole_max(held).reshape(shape), places
     windows = _dividing_windows(held, output)
     if windows is not None:
-        return _with_places(held, windows)
-    largest = image(pooling.adaptive_max_pool(held, output))
-    return largest, _turned_when_read(lambda: pooling.adaptive_max_pool_places(held, output))
+        return _with_places(held, windows, far)
+    largest = image(pooling.adaptive_max_pool(held, output, far=far))
+    return largest, _turned_when_read(lambda: pooling.adaptive_max_pool_places(held, output, far=far))
 
 
 def _adaptive_max_pool_backward(arrange: Arranger, grad: Value, x: Value, indices: Any) -> Any:
-    held = arrange.image(x)
+    held, far = _finite(arrange, x), arrange.far_values
     if math.prod(grad.shape[2:]) == 1:
         return image(pooling.whole_max_backward(arrange.plain(grad).reshape(grad.shape[:2]), held))
     windows = _dividing_windows(held, grad.shape[2:])
     if windows is not None:
-        return image(pooling.max_pool_backward(arrange.image(grad), held, windows))
-    return image(pooling.adaptive_max_pool_backward(arrange.image(grad), held))
+        return image(pooling.max_pool_backward(arrange.image(grad), held, windows, far=far))
+    return image(pooling.adaptive_max_pool_backward(arrange.image(grad), held, far=far))
 
 
 def _dividing_windows(held: Tensor, output: Sequence[int]) -> Windows | None:
@@ -239,10 +245,10 @@ def _dividing_windows(held: Tensor, output: Sequence[int]) -> Windows | None:
     )
 
 
-def _with_places(held: Tensor, windows: Windows) -> tuple[Value, Deferred]:
+def _with_places(held: Tensor, windows: Windows, far: bool) -> tuple[Value, Deferred]:
     """The maximum of each window, and the place of it: for the backward pass ours finds it anew."""
-    largest = image(pooling.max_pool(held, windows))
-    return largest, _turned_when_read(lambda: pooling.max_pool_places(held, windows))
+    largest = image(pooling.max_pool(held, windows, far=far))
+    return largest, _turned_when_read(lambda: pooling.max_pool_places(held, windows, far=far))
 
 
 def _turned_when_read(compute: Callable[[], Tensor]) -> Deferred:

@@ -24,6 +24,7 @@ from frostline.exporter.rewrites import (
     token_operators,
 )
 from frostline.exporter.rewrites.arrangement import Arranger, Deferred, Permuted
+from frostline.exporter.rewrites.extremes import holds_far_values
 from frostline.exporter.rewrites.strides import STRIDED, owner
 
 __all__ = ["REWRITES", "Permuted", "RewritingInterpreter"]
@@ -44,7 +45,7 @@ class RewritingInterpreter(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         # Where memory was seen with other strides, its first owner is asked for again.
         super().__init__(graph, garbage_collect_values=False)
-        self._arrange = Arranger()
+        self._arrange = Arranger(far_values=holds_far_values(graph))
         self._arguments: set[int] = set()
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -22,7 +22,26 @@ def _sort(arrange: Arranger, x: Value, axis: int = -1, descending: bool = False)
 def _stable_sort(
     arrange: Arranger, x: Value, *, stable: bool | None, dim: int = -1, descending: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return _sort(arrange, x, dim, descending)
+    tensor = arrange.plain(x)
+    if not stable or not tensor.dim() or tensor.shape[dim] < 2:
+        return _sort(arrange, x, dim, descending)
+    return _in_order(tensor.movedim(dim, -1), descending, dim)
+
+
+def _in_order(x: Tensor, descending: bool, axis: int) -> tuple[Tensor, Tensor]:
+    """Sorted along the last axis, equal values in the order they are in; moved to an axis.
+
+    Each value's rank is counted: how many are before it.
+    """
+    ours, theirs = x.unsqueeze(-1), x.unsqueeze(-2)
+    count = x.shape[-1]
+    earlier = torch.ones(count, count).tril(-1)
+    first = (theirs > ours) if descending else (theirs < ours)
+    rank = (first.float() + (theirs == ours).float() * earlier).sum(-1)
+    # Row by row the place whose rank that is.
+    chosen = (rank.unsqueeze(-2) == torch.arange(count).float().unsqueeze(-1)).float()
+    places = (chosen * torch.arange(count).float()).sum(-1).long()
+    return torch.gather(x, -1, places).movedim(-1, axis), places.movedim(-1, axis)
 
 
 def _smallest(

@@ -2,7 +2,8 @@
 
 The portable kernel of max pooling's backward adds into memory it never clears, so in a planned arena it returns what was
 there before; and comparing, selecting and taking maxima cost fifteen times an addition. Here maxima and their places are
-found with subtraction, multiplication and ReLU.
+found with subtraction, multiplication and ReLU. Where values may be `far` apart they are selected by products with 1 and 0,
+which loses none and takes longer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import torch
@@ -28,37 +29,29 @@ LOWEST = -1e30
 """Fills the margin: below every activation, and far enough from the limit that a difference of two stays finite."""
 
 
-def max_pool(x: Tensor, windows: Windows) -> Tensor:
+def max_pool(x: Tensor, windows: Windows, *, far: bool = False) -> Tensor:
     """The largest value in each window of `x` (N, *spatial, C), within one rounding: (N, *output, C)."""
     taps = windows.cut(x, LOWEST)
     largest = next(taps)
     for tap in taps:
-        rise = torch.relu(tap - largest)
-        largest = _either(is_positive(rise), tap, largest) if windows.has_margins else largest + rise
+        largest = _larger(largest, tap, far=far or windows.has_margins)
     return largest
 
 
-def max_pool_backward(grad: Tensor, x: Tensor, windows: Windows) -> Tensor:
+def max_pool_backward(grad: Tensor, x: Tensor, windows: Windows, *, far: bool = False) -> Tensor:
     """Hand `grad` (N, *output, C) to the first of the largest values in each window."""
-    return windows.add(grad * claim for claim in _winners(x, windows))
+    return windows.add(grad * claim for claim in _winners(x, windows, far))
 
 
-def max_pool_places(x: Tensor, windows: Windows) -> Tensor:
+def max_pool_places(x: Tensor, windows: Windows, *, far: bool = False) -> Tensor:
     """The place of the first of the largest values in each window, counted over the pixels: int64 (N, *output, C)."""
     places = windows.cut(_numbered(windows.spatial, x.dtype))
-    return _sum_of_products(_winners(x, windows), places).long()
+    return _sum_of_products(_winners(x, windows, far), places).long()
 
 
-def _winners(x: Tensor, windows: Windows) -> list[Tensor]:
+def _winners(x: Tensor, windows: Windows, far: bool) -> list[Tensor]:
     """For each place in the windows 1.0 where it holds the first of the largest values, else 0.0: (N, *output, C)."""
-    taps = windows.cut(x, LOWEST)
-    largest = next(taps)
-    wins = [torch.ones_like(largest)]
-    for tap in taps:
-        rise = torch.relu(tap - largest)
-        wins.append(is_positive(rise))
-        largest = _either(wins[-1], tap, largest) if windows.has_margins else largest + rise
-    return _last_of(wins)
+    return _claims(list(windows.cut(x, LOWEST)), far=far or windows.has_margins)
 
 
 def _last_of(wins: Sequence[Tensor]) -> list[Tensor]:
@@ -92,30 +85,32 @@ def whole_max_backward(grad: Tensor, x: Tensor) -> Tensor:
     return zeros.scatter(1, places, grad.unsqueeze(1)).reshape(x.shape)
 
 
-def adaptive_max_pool(x: Tensor, output: Sequence[int]) -> Tensor:
+def adaptive_max_pool(x: Tensor, output: Sequence[int], *, far: bool = False) -> Tensor:
     """The largest value in each of the nearly equal spans of `x` (N, *spatial, C): (N, *output, C)."""
     for axis, count in enumerate(output, 1):
-        x = torch.cat([reduce(_larger, span) for span in _spans(x, axis, count)], axis)
+        x = torch.cat([_largest(span, far) for span in _spans(x, axis, count)], axis)
     return x
 
 
-def adaptive_max_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
+def adaptive_max_pool_backward(grad: Tensor, x: Tensor, *, far: bool = False) -> Tensor:
     """Hand `grad` (N, *output, C) to the largest values of `x` (N, *spatial, C); among equal ones to one of them."""
     stages = [x]
     for axis, count in enumerate(grad.shape[1:-2], 1):
-        stages.append(torch.cat([reduce(_larger, span) for span in _spans(stages[-1], axis, count)], axis))
+        stages.append(torch.cat([_largest(span, far) for span in _spans(stages[-1], axis, count)], axis))
     for axis in reversed(range(1, x.dim() - 1)):
-        grad = _adaptive_axis_backward(grad, stages[axis - 1], axis)
+        grad = _adaptive_axis_backward(grad, stages[axis - 1], axis, far)
     return grad
 
 
-def adaptive_max_pool_places(x: Tensor, output: Sequence[int]) -> Tensor:
+def adaptive_max_pool_places(x: Tensor, output: Sequence[int], *, far: bool = False) -> Tensor:
     """The places of those values, counted over the pixels: int64 (N, *output, C)."""
     places = _numbered(x.shape[1:-1], x.dtype)
     for axis, count in enumerate(output, 1):
         spans = list(zip(_spans(x, axis, count), _spans(places, axis, count), strict=True))
-        places = torch.cat([_sum_of_products(_claims(values), numbers) for values, numbers in spans], axis)
-        x = torch.cat([reduce(_larger, values) for values, _ in spans], axis)
+        places = torch.cat(
+            [_sum_of_products(_claims(values, far=far), numbers) for values, numbers in spans], axis
+        )
+        x = torch.cat([_largest(values, far) for values, _ in spans], axis)
     return places.long()
 
 
@@ -128,25 +123,25 @@ def _sum_of_products(factors: Iterable[Tensor], others: Iterable[Tensor]) -> Ten
     return reduce(add, (a * b for a, b in zip(factors, others, strict=True)))
 
 
-def _adaptive_axis_backward(grad: Tensor, x: Tensor, axis: int) -> Tensor:
+def _adaptive_axis_backward(grad: Tensor, x: Tensor, axis: int, far: bool) -> Tensor:
     """The same along one axis."""
     size, count = x.shape[axis], grad.shape[axis]
     shares: list[list[Tensor]] = [[] for _ in range(size)]
     spans = zip(adaptive_spans(size, count), _spans(x, axis, count), strict=True)
     for index, ((begin, _), places) in enumerate(spans):
         given = aten.slice_copy(grad, axis, index, index + 1)
-        for place, claim in enumerate(_claims(places), begin):
+        for place, claim in enumerate(_claims(places, far=far), begin):
             shares[place].append(given * claim)
     return torch.cat([reduce(add, parts) for parts in shares], axis)
 
 
-def _claims(places: Sequence[Tensor]) -> list[Tensor]:
+def _claims(places: Sequence[Tensor], *, far: bool) -> list[Tensor]:
     """1.0 for the first of the largest values, 0.0 for the others."""
     largest, wins = places[0], [torch.ones_like(places[0])]
     for place in places[1:]:
         rise = torch.relu(place - largest)
         wins.append(is_positive(rise))
-        largest = largest + rise
+        largest = _either(wins[-1], place, largest) if far else largest + rise
     return _last_of(wins)
 
 
@@ -155,8 +150,13 @@ def _spans(x: Tensor, axis: int, count: int) -> list[list[Tensor]]:
     return [places[begin:end] for begin, end in adaptive_spans(x.shape[axis], count)]
 
 
-def _larger(a: Tensor, b: Tensor) -> Tensor:
-    return a + torch.relu(b - a)
+def _largest(values: Sequence[Tensor], far: bool) -> Tensor:
+    return reduce(partial(_larger, far=far), values)
+
+
+def _larger(a: Tensor, b: Tensor, *, far: bool) -> Tensor:
+    rise = torch.relu(b - a)
+    return _either(is_positive(rise), b, a) if far else a + rise
 
 
 def average_pool(x: Tensor, windows: Windows, share: Tensor | float | None = None) -> Tensor:

@@ -326,7 +326,7 @@ class BrokenShapes(nn.Module):
         return self.fc(torch.relu(self.conv(x)).flatten(1))
 
 
-class Infinite(nn.Module):
+class Overflowing(nn.Module):
     """Divides by zero: no loss is finite."""
 
     def __init__(self) -> None:
@@ -402,5 +402,5 @@ ENTRIES = (
     ),
     whole("nothing_to_train", _frozen, VECTOR, expected=_refuse("requires_grad")),
     whole("wrong_shape_inside", BrokenShapes, (3, 12, 12), expected=_refuse("'fc'", "484", gives="error")),
-    whole("logits_not_finite", Infinite, VECTOR, expected=_refuse("finite", gives="other")),
+    whole("logits_not_finite", Overflowing, VECTOR, expected=_refuse("finite", gives="other")),
 )

@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from frostline.exporter.cutting import CutModel, cut
 from frostline.exporter.models.lookup import BUILTIN_NAMES
-from frostline.exporter.output_module import LinearOutput, build_output_module, stand_in
+from frostline.exporter.output_module import LinearOutput, OutputModuleKind, build_output_module, stand_in
 from frostline.exporter.stage import build_stage, load_tensors, trainable_tensors
 from frostline.protocol.errors import UsageError
 from tests.exporter.padded_tokens import PaddedTokens
@@ -365,3 +365,30 @@ def test_all_but_the_features_are_averaged_over(
     assert isinstance(output_module, LinearOutput)
     assert output_module.places == places
     assert output_module(torch.zeros(2, *parts.blocks[0].output_shape)).shape == (2, 3)
+
+
+class MaskedTokens(nn.Module):
+    """Attention whose mask has more axes than the tokens, and the lowest float32 where there is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8, padding_idx=0)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = (ids == 0)[:, None, None, :].to(torch.float32) * torch.finfo(torch.float32).min
+        x = self.embedding(ids)
+        for layer in self.layers:
+            scores = x @ x.transpose(1, 2) + mask.squeeze(1)
+            x = x + layer(scores.softmax(-1) @ x)
+        return self.head(x[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "linear"])
+def test_nothing_is_imitated_from_a_mask(kind: OutputModuleKind) -> None:
+    ids = torch.randint(1, 20, (4, 6))
+    ids[:, 4:] = 0
+    parts = cut(MaskedTokens(), ["layers.0+add", "layers.1+add", "layers.2+add"], ids, 20)
+    logits = build_stage(parts, 0, 0, kind).model(ids).detach()
+    assert bool(logits.isfinite().all()) and float(logits.abs().max()) < 100

@@ -77,6 +77,7 @@ def test_mistakes_are_one_line(
     assert all(text in message[0] for text in mentions), message[0]
 
 
+@pytest.mark.slow
 def test_a_study_prints_its_rows_and_says_what_failed(tmp_path: Path) -> None:
     study = tmp_path / "study.toml"
     study.write_text(

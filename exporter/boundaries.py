@@ -29,7 +29,8 @@ from frostline.exporter.capture import (
     name_of,
     shape_of,
 )
-from frostline.exporter.part import Boundary, Feature, base_of, readers, sample_shape, writes_of
+from frostline.exporter.part import Boundary, Feature, base_of, last_uses, readers, sample_shape, writes_of
+from frostline.protocol.errors import UsageError
 
 STATE_PER_PARAMETER = 3
 """Bytes a parameter costs in training over its own: the value, its gradient and one momentum."""
@@ -171,9 +172,10 @@ class Layout:
 
     def _is_in_evaluation(self, boundary: Boundary, last: int) -> bool:
         """Whether a name of the place behind a step names the same place in evaluation."""
-        if not boundary.is_in(self._steps_evaluated):
+        try:
+            place = boundary.position(self._steps_evaluated)
+        except UsageError:
             return False
-        place = boundary.position(self._steps_evaluated)
         if place < 0:
             return False
         ours, theirs = (
@@ -246,16 +248,9 @@ class Layout:
 
 def _crossings(made: Capture) -> list[list[fx.Node]]:
     """For each step of a capture the values that cross the place behind it."""
-    steps = made.steps
-    position = {node: index for index, node in enumerate(steps)} | {made.source: -1}
-
-    def last_use(node: fx.Node) -> int:
-        uses = (len(steps) if user.op == "output" else position[user] for user in readers(node))
-        return max(uses, default=-1)
-
-    until = {node: last_use(node) for node in position}
+    until = last_uses(made)
     alive, found = [made.source], []
-    for index, step in enumerate(steps):
+    for index, step in enumerate(made.steps):
         alive = [node for node in (*alive, step) if until[node] > index]
         found.append(alive)
     return found

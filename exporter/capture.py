@@ -541,14 +541,14 @@ def _write_early(graph: fx.Graph, tensors: Mapping[fx.Node, str]) -> None:
                 # The value was written there already.
                 graph.erase_node(write)
                 continue
-            others = [value, *(user for user in readers_of(buffer) if user is not write)]
+            others = [value, *(user for user in users_through_views(buffer) if user is not write)]
             max(others, key=lambda node: position[node]).append(write)
 
 
-def readers_of(tensor: fx.Node) -> list[fx.Node]:
+def users_through_views(tensor: fx.Node) -> list[fx.Node]:
     """What takes a tensor or a view of it."""
     found = list(tensor.users)
-    return found + [reader for user in found if is_view(user) for reader in readers_of(user)]
+    return found + [reader for user in found if is_view(user) for reader in users_through_views(user)]
 
 
 def _forget_unused(graph: fx.Graph) -> None:

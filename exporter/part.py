@@ -98,14 +98,6 @@ class Boundary:
         count = f"@{self.call.count}" if self.call and self.call.count else ""
         return "+".join([BEFORE * self.before + path + count, *self.operators])
 
-    def is_in(self, steps: Sequence[fx.Node]) -> bool:
-        """Whether it is found in a graph."""
-        try:
-            self.position(steps)
-        except UsageError:
-            return False
-        return True
-
     def position(self, steps: Sequence[fx.Node]) -> int:
         """The number of the last step before it; -1 if there is none.
 
@@ -394,15 +386,20 @@ class _Visiting(fx.Interpreter):
 
 def crossing(made: Capture, last: int) -> list[fx.Node]:
     """The values made up to a step that later steps use, in the order they are made."""
+    until = last_uses(made)
+    return [node for node in [made.source, *made.steps[: last + 1]] if last < until[node]]
+
+
+def last_uses(made: Capture) -> dict[fx.Node, int]:
+    """For the input and each step the last step that uses it: -1 without any, their number for what is returned."""
     steps = made.steps
-    position = {node: index for index, node in enumerate(steps)} | {made.source: -1}
-    later = len(steps)
+    position = {node: index for index, node in enumerate(steps)}
 
     def last_use(node: fx.Node) -> int:
-        uses = [position.get(user, later if user.op == "output" else -1) for user in readers(node)]
+        uses = (len(steps) if user.op == "output" else position[user] for user in readers(node))
         return max(uses, default=-1)
 
-    return [node for node, index in position.items() if index <= last < last_use(node)]
+    return {node: last_use(node) for node in (made.source, *steps)}
 
 
 def readers(node: fx.Node) -> list[fx.Node]:

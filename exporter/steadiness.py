@@ -94,8 +94,10 @@ def carried(module: nn.Module, x: Tensor) -> str | None:
     try:
         observe_step(module, x)
         before = _tensors_kept(module)
+        if not _changed(before, first):
+            return None
         seen = observe_step(module, x)
-        kept = {key: value for key, value in _tensors_kept(module).items() if value is not before.get(key)}
+        kept = _changed(_tensors_kept(module), before)
         for (child, attribute), value in kept.items():
             setattr(child, attribute, pytree.tree_map_only(Tensor, lambda each: each.detach() * 2 + 1, value))
         if not kept or _same(seen.outputs, observe_step(module, x).outputs):
@@ -112,7 +114,15 @@ def carried(module: nn.Module, x: Tensor) -> str | None:
     )
 
 
-def _tensors_kept(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+Kept = dict[tuple[nn.Module, str], Any]
+"""What modules hold in attributes, by module and attribute."""
+
+
+def _changed(after: Kept, before: Kept) -> Kept:
+    return {key: value for key, value in after.items() if value is not before.get(key)}
+
+
+def _tensors_kept(module: nn.Module) -> Kept:
     """The attributes of modules that hold tensors which are no parameters and no buffers."""
     return {
         (child, key): value

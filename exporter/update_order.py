@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import fx
 
-from frostline.exporter.capture import readers_of
+from frostline.exporter.capture import users_through_views
 from frostline.exporter.part import base_of
 from frostline.exporter.rewrites.functional import written_by
 from frostline.exporter.tiles import split_name
@@ -52,7 +52,7 @@ def _read_before(nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> s
     found: set[fx.Node] = set()
     for node in nodes:
         for changed in written_by(node):
-            readers = readers_of(base_of(changed))
+            readers = users_through_views(base_of(changed))
             found.update(each for each in readers if position[each] < position[node])
     return found - set(nodes)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frostline.exporter.capture import name_of
+
 aten = torch.ops.aten
 
 FAR = 1e4
@@ -47,7 +49,7 @@ def holds_far_values(graph: fx.GraphModule) -> bool:
 def _numbers(graph: fx.GraphModule, node: fx.Node) -> list[Any]:
     if node.op == "get_attr":
         return [getattr(graph, str(node.target), None)]
-    if node.op == "call_function" and _name(node) in _VALUES:
+    if node.op == "call_function" and name_of(node) in _VALUES:
         return [*node.args, *node.kwargs.values()]
     return []
 
@@ -80,8 +82,4 @@ def _is_steep(node: fx.Node) -> bool:
     if node.target is aten.pow.Tensor_Scalar:
         exponent: Any = node.args[1]
         return bool(exponent < 1)
-    return _name(node) in _STEEP
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "_schema", None) and node.target._schema.name.partition("::")[2])  # type: ignore[union-attr]
+    return name_of(node) in _STEEP
